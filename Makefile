@@ -1,0 +1,80 @@
+# The road from a clone to a result: `make demo`, `make test`. Everything happens in .venv, is done once, and needs
+# no network the second time. Paths are relative throughout, so that a folder with spaces in its name will do.
+#
+#   PYTHON=python3.12    the interpreter to make .venv with (3.11 to 3.13; the first that fits is taken)
+#   TORCH_INDEX=URL      another package index for torch alone, for a CPU-only or a CUDA build
+#   DEMO_OUT=FOLDER      where the demo writes
+#   PYTEST_ARGS=...      for instance -n 2, or -m "not slow"
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?=
+DEMO_OUT ?= demo-out
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := $(wildcard laconic/kernels/cpu/*.cpp laconic/kernels/cpu/*.hpp)
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint wheel clean distclean
+
+help:
+	@echo "make demo       compress a real network on real data, and report"
+	@echo "make test       lint, types, and all tests"
+	@echo "make lint       ruff and mypy alone"
+	@echo "make install    set up .venv alone"
+	@echo "make wheel      build a wheel and an sdist into dist/"
+	@echo "make clean      remove what was built (the next make installs again, without network)"
+	@echo "make distclean  remove .venv too"
+
+# --- set-up: one stamp per step ---------------------------------------------------------------------------------------
+
+.venv/.made:
+	@test -n "$(PYTHON)" || { echo "laconic needs Python 3.11, 3.12 or 3.13 on PATH (or PYTHON=...)"; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# torch first: whatever is installed later finds the build that was asked for in place. From an index of its own it
+# comes alone, since such an index holds no pinned versions of what torch needs; that follows with laconic.
+.venv/.torch: constraints.txt .venv/.made
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+# The tools of the build are installed like anything else, so that installing again needs no network.
+.venv/.tools: constraints.txt .venv/.torch
+	$(PIP) scikit-build-core nanobind cmake ninja build
+	@touch $@
+
+.venv/.installed: pyproject.toml CMakeLists.txt constraints.txt $(SOURCES) .venv/.tools
+	$(PIP) --no-build-isolation -e '.[tasks,test]'
+	@$(BIN)/python -c 'from laconic.kernels import native; s = native.status(); \
+	  print("C++ kernels:", s["isa"] if s["present"] else s["why"])'
+	@touch $@
+
+install: .venv/.installed
+
+# --- what it is for ---------------------------------------------------------------------------------------------------
+
+demo: .venv/.installed
+	$(BIN)/laconic compress --task minilm-bbc --budget "size=4x, drop=1" --out "$(DEMO_OUT)" --overwrite
+	@echo "The report: $(DEMO_OUT)/report.html"
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: .venv/.installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find laconic tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,223 @@
+"""`Scheme`: how the numbers of one tensor are stored, as a value that prints and parses.
+
+A scheme says what a stored element is (`Int`, and later floats, level tables, ternary and bit planes), how the
+scale is shared and chosen (`Scale`), whether there is a zero point, and how values are rounded. How codes lie in
+bytes is *not* part of it: that is `Layout`, so that kernels may be tested by bytes and schemes by numbers.
+
+The affine map of the integer element, with b bits and unsigned codes q in [0, 2^b - 1]:
+
+    q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
+
+`zero="none"` fixes z = 2^(b-1), so the code is the two's complement value plus 2^(b-1), as compressed-tensors stores it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+VERSION = "v1"
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+Zero = Literal["none", "int", "real"]
+Rounding = Literal["nearest", "stochastic"]
+Rule = Literal["minmax", "percentile", "mse"]
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Int:
+    """Integer element of `bits` bits, 2 to 8 (1 bit packs, but has no useful affine scheme)."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"Int(bits={self.bits!r}): integer elements have 2 to 8 bits")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2^b."""
+        return 1 << self.bits
+
+    def __str__(self) -> str:
+        return f"int{self.bits}"
+
+
+# Float, Levels, Ternary and Planes elements join this union when the quantization family lands; every place that
+# looks inside an element asks `isinstance(..., Int)` and raises for what it does not know.
+Element = Int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Which elements share a scale, how the scale is chosen and how it is stored.
+
+    Args:
+        granularity: `tensor` (one), `channel` (one a row of the matrix view), `group` (runs of `group` elements along
+            the row; the last one may be short), `token` (one a row of an activation, computed when the row is seen).
+        group: run length, for `group` only.
+        dtype: storage type; values are rounded to it *before* codes are computed, so that file and codes agree.
+        rule: `minmax`; `percentile` (the `percentile` % quantile of magnitudes); `mse` (a grid over shrunken ranges,
+            least sum of |x^ - x|^2.4).
+        percentile: used by `percentile`.
+        outer: scheme of the scales themselves (double quantization); reserved.
+    """
+
+    granularity: Granularity = "channel"
+    group: int | None = None
+    dtype: str = "float32"
+    rule: Rule = "minmax"
+    percentile: float = 99.9
+    outer: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in ("tensor", "channel", "group", "token"):
+            raise ValueError(f"Scale(granularity={self.granularity!r}): one of tensor, channel, group, token")
+        if (self.granularity == "group") != (self.group is not None):
+            raise ValueError(f"Scale(granularity={self.granularity!r}, group={self.group!r}): `group` belongs to granularity 'group'")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"Scale(group={self.group}): a group has at least one element")
+        if self.dtype not in SCALE_DTYPES:
+            raise ValueError(f"Scale(dtype={self.dtype!r}): one of {', '.join(SCALE_DTYPES)}")
+        if self.rule not in ("minmax", "percentile", "mse"):
+            raise ValueError(f"Scale(rule={self.rule!r}): one of minmax, percentile, mse")
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"Scale(percentile={self.percentile}): in (50, 100]")
+        if self.outer is not None:
+            raise NotImplementedError("Scale(outer=...): quantized scales are reserved in the type and not built yet")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return SCALE_DTYPES[self.dtype]
+
+    def group_of(self, k: int) -> int:
+        """Elements that share a scale in a row of `k`."""
+        return min(self.group, k) if self.group is not None and k > 0 else max(k, 1)
+
+    def groups(self, k: int) -> int:
+        """Scales per row of `k` elements (at least one, also when k = 0)."""
+        return max(1, math.ceil(k / self.group_of(k)))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the numbers of a tensor are stored. Frozen, hashable, and equal to `Scheme.parse(str(scheme))`.
+
+    Example:
+        >>> scheme = Scheme(Int(4), Scale("group", group=64, dtype="float16"), zero="int")
+        >>> str(scheme)
+        'v1/int4/group64/float16/minmax/zint/nearest'
+        >>> Scheme.parse(str(scheme)) == scheme
+        True
+        >>> scheme.bits_per_weight(rows=1, k=128)
+        4.3125
+    """
+
+    element: Element = field(default_factory=lambda: Int(8))
+    scale: Scale = field(default_factory=Scale)
+    zero: Zero = "none"
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.element, Int):
+            raise NotImplementedError(f"Scheme(element={self.element!r}): only integer elements are built so far")
+        if self.zero not in ("none", "int", "real"):
+            raise ValueError(f"Scheme(zero={self.zero!r}): one of none, int, real")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"Scheme(rounding={self.rounding!r}): one of nearest, stochastic")
+
+    @property
+    def bits(self) -> int:
+        return self.element.bits
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero == "none"
+
+    def with_(self, **changes: object) -> Scheme:
+        """A copy with fields of the scheme or of its scale replaced: `scheme.with_(group=32, granularity="group")`."""
+        own = {k: v for k, v in changes.items() if k in ("element", "scale", "zero", "rounding")}
+        inner = {k: v for k, v in changes.items() if k not in own}
+        return replace(self, **own, **({"scale": replace(self.scale, **inner)} if inner else {}))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        share = self.scale.granularity + (str(self.scale.group) if self.scale.group is not None else "")
+        rule = self.scale.rule + (f"{self.scale.percentile:g}" if self.scale.rule == "percentile" else "")
+        return "/".join([VERSION, str(self.element), share, self.scale.dtype, rule, "z" + self.zero, self.rounding])
+
+    @staticmethod
+    def parse(text: str) -> Scheme:
+        """The scheme that printed as `text`. Raises ValueError that says which part was not understood."""
+        return _parse(text)
+
+    def tensors(self, rows: int, k: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names (suffixes), dtypes and shapes of what is stored for a (rows, k) matrix."""
+        scale_rows = 1 if self.scale.granularity == "tensor" else rows
+        groups = 1 if self.scale.granularity == "tensor" else self.scale.groups(k)
+        stored = {
+            "packed": (torch.int32, (rows, words_per_row(k, self.bits))),
+            "scale": (self.scale.torch_dtype, (scale_rows, groups)),
+        }
+        if self.zero == "int":
+            stored["zero_point"] = (torch.int32, (words_per_row(scale_rows, self.bits), groups))
+        elif self.zero == "real":
+            stored["zero"] = (self.scale.torch_dtype, (scale_rows, groups))
+        return stored
+
+    def nbytes(self, rows: int, k: int) -> int:
+        """Bytes of everything that is stored for a (rows, k) matrix."""
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors(rows, k).values())
+
+    def bits_per_weight(self, rows: int, k: int) -> float:
+        """Stored bits per element, scales and zero points included."""
+        return 8 * self.nbytes(rows, k) / max(1, rows * k)
+
+    def fits(self, k: int) -> bool:
+        """Whether groups divide a row of `k` evenly (foreign formats require it; ours allows a short last group)."""
+        return self.scale.granularity != "group" or (k > 0 and k % self.scale.group_of(k) == 0)
+
+
+def words_per_row(k: int, bits: int) -> int:
+    """32-bit words that hold `k` codes of `bits` bits, dense."""
+    return -(-k * bits // 32)
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> Scheme:
+    parts = text.split("/")
+    if len(parts) != 7:
+        raise ValueError(f"scheme {text!r}: expected 7 parts separated by '/', got {len(parts)}")
+    version, element, share, dtype, rule, zero, rounding = parts
+    if version != VERSION:
+        raise ValueError(f"scheme {text!r}: version {version!r} is not known here (this laconic reads {VERSION})")
+    if not (element.startswith("int") and element[3:].isdigit()):
+        raise ValueError(f"scheme {text!r}: element {element!r} is not known (int2 to int8)")
+    group = share.removeprefix("group") if share.startswith("group") else None
+    if group is not None and not group.isdigit():
+        raise ValueError(f"scheme {text!r}: {share!r} needs a group length, as in group64")
+    percentile = 99.9
+    if rule.startswith("percentile"):
+        try:
+            percentile, rule = float(rule.removeprefix("percentile")), "percentile"
+        except ValueError:
+            raise ValueError(f"scheme {text!r}: {rule!r} needs a number, as in percentile99.9") from None
+    if not zero.startswith("z"):
+        raise ValueError(f"scheme {text!r}: zero {zero!r} is one of znone, zint, zreal")
+    scale = Scale(
+        granularity="group" if group is not None else share,  # type: ignore[arg-type]
+        group=int(group) if group is not None else None,
+        dtype=dtype,
+        rule=rule,  # type: ignore[arg-type]
+        percentile=percentile,
+    )
+    return Scheme(Int(int(element[3:])), scale, zero[1:], rounding)  # type: ignore[arg-type]
