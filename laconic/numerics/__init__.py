@@ -1,4 +1,4 @@
-"""Pure functions on tensors: schemes, scales, rounding, packing, Hadamard transforms. No modules, no state."""
+"""Pure functions on tensors: schemes, scales, rounding, packing, Hadamard. No modules, no state."""
 
 from .affine import (
     NotFinite,

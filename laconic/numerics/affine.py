@@ -3,14 +3,15 @@
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
 
 Conventions, each tested:
-- symmetric (`zero="none"`): z = 2^(b-1), s = 2 amax / (2^b - 1) clipped so that both ends are used (the range is
-  [-2^(b-1), 2^(b-1) - 1], the step that of compressed-tensors), asymmetric: the range is stretched to hold 0, so that
-  0 is exact, s = (max - min) / (2^b - 1), z = round(-min / s) (`int`) or -min / s (`real`, where 0 need not be exact
-  and the range is not stretched).
+- symmetric (`zero="none"`): z = 2^(b-1), s = 2 amax / (2^b - 1) clipped so that both ends are used (the range
+  is [-2^(b-1), 2^(b-1) - 1], the step that of compressed-tensors), asymmetric: the range is stretched to hold
+  0, so that 0 is exact, s = (max - min) / (2^b - 1), z = round(-min / s) (`int`) or -min / s (`real`, where 0
+  need not be exact and the range is not stretched).
 - all-zero groups store s = 1 and code z: they come back as exact zeros.
-- rounding is to nearest, ties to even (torch.round), or stochastic: floor(x + u), u ~ U[0, 1) from an explicit generator.
-- scales are rounded to their storage type before codes are computed, and a scale that would round to zero or to
-  infinity there raises by name rather than spoil the tensor.
+- rounding is to nearest, ties to even (torch.round), or stochastic: floor(x + u), u ~ U[0, 1) from an
+  explicit generator.
+- scales are rounded to their storage type before codes are computed, and a scale that would round to zero or
+  to infinity there raises by name rather than spoil the tensor.
 - inf and nan are refused by name.
 """
 
@@ -34,7 +35,7 @@ class NotFinite(ValueError):
 
 
 class ScaleOutOfRange(ValueError):
-    """A scale cannot be stored in the scheme's scale dtype (underflow or overflow): use float32 scales here."""
+    """A scale cannot be stored in the scheme's dtype (underflow or overflow): use float32 scales here."""
 
 
 def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
@@ -46,13 +47,21 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
         name: the parameter's path, for messages.
 
     Returns:
-        scale (rows, G) in the scale dtype (or (1, 1) per tensor) and zero: None, uint8 (rows, G), or real (rows, G).
+        scale (rows, G) in the scale dtype (or (1, 1) per tensor) and zero: None, uint8 (rows, G), or real
+        (rows, G).
 
     Raises:
         NotFinite: inf or nan in `x`.
         ScaleOutOfRange: a scale does not fit in the scale dtype.
     """
     check_finite(x, name)
+    k = x.shape[1]
+    tail = k % scheme.scale.group_of(k) if scheme.scale.granularity == "group" else 0
+    if tail and scheme.scale.rule != "minmax":
+        # The padding of a short group would count in quantiles and errors.
+        parts = [affine_params(x[:, : k - tail], scheme, name), affine_params(x[:, k - tail :], scheme, name)]
+        zeros = [zero for _, zero in parts if zero is not None]
+        return torch.cat([scale for scale, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
     groups = grouped(x, scheme)
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
@@ -62,32 +71,20 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
     return scale, zero
 
 
-def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
+def params_from_range(
+    low: Tensor, high: Tensor, scheme: Scheme, name: str = "tensor"
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point for value ranges [low, high] (any shape): the end of every scale rule."""
-    top = scheme.element.levels - 1
-    low, high = low.float(), high.float()
-    if scheme.zero != "real":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    if scheme.zero == "none":
-        span = 2 * torch.maximum(high, -low)
-    else:
-        span = high - low
-    scale = span / top
-    scale = torch.where(span == 0, torch.ones_like(scale), scale)
-    stored = scale.to(scheme.scale.torch_dtype)
-    if bool(((stored == 0) | ~torch.isfinite(stored.float())).any()):
+    scale, stored, zero = _params(low, high, scheme)
+    if not bool(_storable(stored).all()):
         raise ScaleOutOfRange(
             f"{name}: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit in "
             f"{scheme.scale.dtype}; store the scales of this tensor as float32"
         )
-    if scheme.zero == "none":
-        return stored, None
-    zero = -low / stored.float()
-    if scheme.zero == "int":
-        return stored, zero.round().clamp(0, top).to(torch.uint8)
-    zero = zero.to(scheme.scale.torch_dtype)
-    if not bool(torch.isfinite(zero.float()).all()):
-        raise ScaleOutOfRange(f"{name}: a real zero point does not fit in {scheme.scale.dtype}; store it as float32")
+    if zero is not None and scheme.zero == "real" and not bool(torch.isfinite(zero).all()):
+        raise ScaleOutOfRange(
+            f"{name}: a real zero point does not fit in {scheme.scale.dtype}; store it as float32"
+        )
     return stored, zero
 
 
@@ -96,12 +93,12 @@ def quantize(
 ) -> Tensor:
     """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1)."""
     rows, k = x.shape
-    codes = torch.empty((rows, k), dtype=torch.uint8)
+    codes = torch.empty((rows, k), dtype=torch.uint8, device=x.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
         v = x[begin:end].float() / s + (z if scheme.zero == "real" else 0)
         if scheme.rounding == "stochastic":
-            v = torch.floor(v + torch.rand(v.shape, generator=generator))
+            v = torch.floor(v + torch.rand(v.shape, generator=generator, device=v.device))
         else:
             v = v.round()
         if scheme.zero != "real":
@@ -127,7 +124,7 @@ def fake_quantize(x: Tensor, scheme: Scheme, name: str = "tensor") -> Tensor:
 
 
 def grouped(x: Tensor, scheme: Scheme) -> Tensor:
-    """(rows, G, g) view of the elements that share a scale; a short last group is padded with its own last element.
+    """(rows, G, g) view of the elements that share a scale; a short last group repeats its last element.
 
     Repeating an element changes neither minimum nor maximum, so min-max rules see the group as it is.
     """
@@ -139,7 +136,7 @@ def grouped(x: Tensor, scheme: Scheme) -> Tensor:
     g = scheme.scale.group_of(k)
     if k % g:
         x = torch.cat([x, x[:, -1:].expand(rows, g - k % g)], dim=1)
-    return x.reshape(rows, -1, g)
+    return x.reshape(rows, scheme.scale.groups(k), g)
 
 
 def check_finite(x: Tensor, name: str) -> None:
@@ -150,6 +147,28 @@ def check_finite(x: Tensor, name: str) -> None:
     if bool(bad.any()):
         nan = int(torch.isnan(x).sum())
         raise NotFinite(f"{name}: {nan} nan and {int(bad.sum()) - nan} inf among {x.numel()} values")
+
+
+def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale in float32 and as stored, and zero point, of value ranges; not checked."""
+    top = scheme.element.levels - 1
+    low, high = low.float(), high.float()
+    if scheme.zero != "real":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    span = 2 * torch.maximum(high, -low) if scheme.zero == "none" else high - low
+    scale = span / top
+    scale = torch.where(span == 0, torch.ones_like(scale), scale)
+    stored = scale.to(scheme.scale.torch_dtype)
+    if scheme.zero == "none":
+        return scale, stored, None
+    zero = -low / stored.float()
+    if scheme.zero == "int":
+        return scale, stored, zero.round().clamp(0, top).nan_to_num(0).to(torch.uint8)
+    return scale, stored, zero.to(scheme.scale.torch_dtype)
+
+
+def _storable(stored: Tensor) -> Tensor:
+    return (stored != 0) & torch.isfinite(stored)
 
 
 def _range(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -179,12 +198,11 @@ def _search_mse(
     best = _power_error(groups, scale, zero, scheme)
     for i in range(1, int(MSE_SHRINK * MSE_GRID)):
         p = 1 - i / MSE_GRID
-        try:
-            s, z = params_from_range(p * low, p * high, scheme, name)
-        except ScaleOutOfRange:
-            break  # smaller ranges only underflow further
+        _, s, z = _params(p * low, p * high, scheme)
         error = _power_error(groups, s, z, scheme)
-        better = error < best
+        better = (error < best) & _storable(s)  # group by group, so that no group depends on its neighbours
+        if z is not None and scheme.zero == "real":
+            better &= torch.isfinite(z)
         best = torch.where(better, error, best)
         scale = torch.where(better, s, scale)
         zero = torch.where(better, z, zero) if zero is not None and z is not None else None

@@ -1,7 +1,7 @@
 """Walsh-Hadamard transform of vectors whose length is a power of two.
 
-H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]];  the transform is x H_n / sqrt(n), orthogonal and its own inverse
-(Sylvester's order). n log2 n additions instead of n^2 products.
+H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]];  the transform is x H_n / sqrt(n), orthogonal and its own
+inverse (Sylvester's order). n log2 n additions instead of n^2 products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def hadamard(x: Tensor) -> Tensor:
         x: (..., n) floating, n a power of two.
 
     Raises:
-        ValueError: n is no power of two (other sizes need base matrices, which come with the rotation methods).
+        ValueError: n is no power of two (other sizes need base matrices, which come with the rotation
+            methods).
     """
     n = x.shape[-1]
     if n < 1 or n & (n - 1):

@@ -1,9 +1,9 @@
 """Packing of unsigned codes into bytes: the `Layout` apart from the numbers.
 
-The dense layout is one LSB-first bit stream per row: code i of b bits occupies bits b*i .. b*i+b-1 of the row, codes
-cross byte and word borders, and a row is padded with zero bits to whole little-endian 32-bit words. For 2, 4 and 8
-bits these are the bytes of compressed-tensors (every release), GPTQ's word order and llama.cpp's bit order within a
-byte; for other widths those of compressed-tensors' current packer.
+The dense layout is one LSB-first bit stream per row: code i of b bits occupies bits b*i .. b*i+b-1 of the
+row, codes cross byte and word borders, and a row is padded with zero bits to whole little-endian 32-bit
+words. For 2, 4 and 8 bits these are the bytes of compressed-tensors (every release), GPTQ's word order and
+llama.cpp's bit order within a byte; for other widths those of compressed-tensors' current packer.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     words = words_per_row(k, bits)
     if rows == 0 or words == 0:
         return torch.zeros((rows, words), dtype=torch.int32)
-    stream = torch.zeros((rows, words * 4 + 1), dtype=torch.uint8)  # one spare byte takes the last carry, always zero
-    # Codes k0, k0+8, k0+16, ... start at the same bit of their byte, `bits` bytes apart: eight strided passes.
+    # One spare byte takes the last carry, always zero.
+    stream = torch.zeros((rows, words * 4 + 1), dtype=torch.uint8)
+    # Codes k0, k0+8, k0+16, ... start at the same bit of their byte, `bits` bytes apart: eight passes.
     for lane in range(min(8, k)):
         column = codes[:, lane::8].to(torch.int32)
         byte, shift = divmod(lane * bits, 8)

@@ -1,14 +1,16 @@
 """`Scheme`: how the numbers of one tensor are stored, as a value that prints and parses.
 
-A scheme says what a stored element is (`Int`, and later floats, level tables, ternary and bit planes), how the
-scale is shared and chosen (`Scale`), whether there is a zero point, and how values are rounded. How codes lie in
-bytes is *not* part of it: that is `Layout`, so that kernels may be tested by bytes and schemes by numbers.
+A scheme says what a stored element is (`Int`, and later floats, level tables, ternary and bit planes), how
+the scale is shared and chosen (`Scale`), whether there is a zero point, and how values are rounded. How codes
+lie in bytes is *not* part of it: that is `Layout`, so that kernels may be tested by bytes and schemes by
+numbers.
 
 The affine map of the integer element, with b bits and unsigned codes q in [0, 2^b - 1]:
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
 
-`zero="none"` fixes z = 2^(b-1), so the code is the two's complement value plus 2^(b-1), as compressed-tensors stores it.
+`zero="none"` fixes z = 2^(b-1), so the code is the two's complement value plus 2^(b-1), as compressed-tensors
+stores it.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ class Int:
         return f"int{self.bits}"
 
 
-# Float, Levels, Ternary and Planes elements join this union when the quantization family lands; every place that
-# looks inside an element asks `isinstance(..., Int)` and raises for what it does not know.
+# Float, Levels, Ternary and Planes elements join this union when the quantization family lands; every place
+# that looks inside an element asks `isinstance(..., Int)` and raises for what it does not know.
 Element = Int
 
 
@@ -63,12 +65,14 @@ class Scale:
     """Which elements share a scale, how the scale is chosen and how it is stored.
 
     Args:
-        granularity: `tensor` (one), `channel` (one a row of the matrix view), `group` (runs of `group` elements along
-            the row; the last one may be short), `token` (one a row of an activation, computed when the row is seen).
+        granularity: `tensor` (one), `channel` (one a row of the matrix view), `group` (runs of `group`
+            elements along the row; the last one may be short), `token` (one a row of an activation, computed
+            when the row is seen).
         group: run length, for `group` only.
-        dtype: storage type; values are rounded to it *before* codes are computed, so that file and codes agree.
-        rule: `minmax`; `percentile` (the `percentile` % quantile of magnitudes); `mse` (a grid over shrunken ranges,
-            least sum of |x^ - x|^2.4).
+        dtype: storage type; values are rounded to it *before* codes are computed, so that file and codes
+            agree.
+        rule: `minmax`; `percentile` (from the `100 - percentile` % to the `percentile` % quantile); `mse` (a
+            grid over shrunken ranges, least sum of |x^ - x|^2.4).
         percentile: used by `percentile`.
         outer: scheme of the scales themselves (double quantization); reserved.
     """
@@ -84,7 +88,10 @@ class Scale:
         if self.granularity not in ("tensor", "channel", "group", "token"):
             raise ValueError(f"Scale(granularity={self.granularity!r}): one of tensor, channel, group, token")
         if (self.granularity == "group") != (self.group is not None):
-            raise ValueError(f"Scale(granularity={self.granularity!r}, group={self.group!r}): `group` belongs to granularity 'group'")
+            raise ValueError(
+                f"Scale(granularity={self.granularity!r}, group={self.group!r}): `group` belongs to "
+                "granularity 'group'"
+            )
         if self.group is not None and self.group < 1:
             raise ValueError(f"Scale(group={self.group}): a group has at least one element")
         if self.dtype not in SCALE_DTYPES:
@@ -93,8 +100,12 @@ class Scale:
             raise ValueError(f"Scale(rule={self.rule!r}): one of minmax, percentile, mse")
         if not 50.0 < self.percentile <= 100.0:
             raise ValueError(f"Scale(percentile={self.percentile}): in (50, 100]")
+        if self.rule != "percentile":
+            object.__setattr__(self, "percentile", 99.9)  # not printed, so it must not tell two schemes apart
         if self.outer is not None:
-            raise NotImplementedError("Scale(outer=...): quantized scales are reserved in the type and not built yet")
+            raise NotImplementedError(
+                "Scale(outer=...): quantized scales are reserved in the type and not built yet"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -130,7 +141,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, Int):
-            raise NotImplementedError(f"Scheme(element={self.element!r}): only integer elements are built so far")
+            raise NotImplementedError(
+                f"Scheme(element={self.element!r}): only integer elements are built so far"
+            )
         if self.zero not in ("none", "int", "real"):
             raise ValueError(f"Scheme(zero={self.zero!r}): one of none, int, real")
         if self.rounding not in ("nearest", "stochastic"):
@@ -145,15 +158,19 @@ class Scheme:
         return self.zero == "none"
 
     def with_(self, **changes: object) -> Scheme:
-        """A copy with fields of the scheme or of its scale replaced: `scheme.with_(group=32, granularity="group")`."""
+        """A copy with fields of the scheme or of its scale replaced: `scheme.with_(dtype="float32")`."""
         own = {k: v for k, v in changes.items() if k in ("element", "scale", "zero", "rounding")}
         inner = {k: v for k, v in changes.items() if k not in own}
         return replace(self, **own, **({"scale": replace(self.scale, **inner)} if inner else {}))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         share = self.scale.granularity + (str(self.scale.group) if self.scale.group is not None else "")
-        rule = self.scale.rule + (f"{self.scale.percentile:g}" if self.scale.rule == "percentile" else "")
-        return "/".join([VERSION, str(self.element), share, self.scale.dtype, rule, "z" + self.zero, self.rounding])
+        rule = self.scale.rule + (
+            f"{float(self.scale.percentile)!r}" if self.scale.rule == "percentile" else ""
+        )
+        return "/".join(
+            [VERSION, str(self.element), share, self.scale.dtype, rule, "z" + self.zero, self.rounding]
+        )
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -183,7 +200,7 @@ class Scheme:
         return 8 * self.nbytes(rows, k) / max(1, rows * k)
 
     def fits(self, k: int) -> bool:
-        """Whether groups divide a row of `k` evenly (foreign formats require it; ours allows a short last group)."""
+        """Whether groups divide a row of `k` evenly (foreign formats require it; ours may end short)."""
         return self.scale.granularity != "group" or (k > 0 and k % self.scale.group_of(k) == 0)
 
 
@@ -199,7 +216,9 @@ def _parse(text: str) -> Scheme:
         raise ValueError(f"scheme {text!r}: expected 7 parts separated by '/', got {len(parts)}")
     version, element, share, dtype, rule, zero, rounding = parts
     if version != VERSION:
-        raise ValueError(f"scheme {text!r}: version {version!r} is not known here (this laconic reads {VERSION})")
+        raise ValueError(
+            f"scheme {text!r}: version {version!r} is not known here (this laconic reads {VERSION})"
+        )
     if not (element.startswith("int") and element[3:].isdigit()):
         raise ValueError(f"scheme {text!r}: element {element!r} is not known (int2 to int8)")
     group = share.removeprefix("group") if share.startswith("group") else None
@@ -220,4 +239,7 @@ def _parse(text: str) -> Scheme:
         rule=rule,  # type: ignore[arg-type]
         percentile=percentile,
     )
-    return Scheme(Int(int(element[3:])), scale, zero[1:], rounding)  # type: ignore[arg-type]
+    scheme = Scheme(Int(int(element[3:])), scale, zero[1:], rounding)  # type: ignore[arg-type]
+    if str(scheme) != text:
+        raise ValueError(f"scheme {text!r}: spelled {str(scheme)!r}")
+    return scheme

@@ -1,0 +1,1 @@
+"""Load, measure, plan, solve, apply, verify, save: the road that `compress` takes."""

@@ -1,0 +1,5 @@
+"""`python -m laconic`: the same as the command `laconic`."""
+
+from laconic.cli import main
+
+main()

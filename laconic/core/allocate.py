@@ -1,0 +1,249 @@
+"""`allocate`: which option each unit gets, so that the total cost is least and the total size within a
+budget.
+
+The multiple-choice knapsack problem, for units u with options o:
+
+    min sum_u cost[u][x_u]    subject to    sum_u size[u][x_u] <= budget
+
+Solved exactly (to a relative gap) as an integer program by SciPy's HiGHS. It is limited by gap and by nodes
+of its search, never by time, so that the same numbers give the same answer on any machine. `frontier` gives
+the corners of the lower convex hull of all (size, cost) that are reachable, by greedy ratios: the same
+problem with fractional choices, for plots and as a safe answer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from laconic.errors import Impossible
+
+__all__ = ["Point", "allocate", "frontier"]
+
+Table = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice for all units: total size, total cost, and the option of each unit."""
+
+    size: float
+    cost: float
+    choice: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Option:
+    size: float
+    cost: float
+    index: int
+
+
+def allocate(
+    cost: Table,
+    size: Table,
+    budget: float,
+    *,
+    tied: Sequence[Sequence[int]] = (),
+    gap: float = 1e-6,
+    node_limit: int = 100_000,
+) -> list[int]:
+    """Index of the option that each unit gets.
+
+    Args:
+        cost: for each unit, the cost of each option; inf forbids one, negative is allowed.
+        size: likewise, not negative.
+        budget: bound of the total size.
+        tied: groups of units that must take options of the same index, and so have equally many.
+        gap: how far from the optimum the answer may be, as a part of it.
+        node_limit: nodes of the search tree after which the best answer so far is taken.
+
+    Returns:
+        One index a unit. Where options are equally good, the smaller and then the earlier one.
+
+    Raises:
+        Impossible: even the smallest options exceed the budget; the message says by how much.
+        ValueError: tables that do not fit together, or nan.
+    """
+    groups, options = _checked(cost, size, tied)
+    hull = _walk(options)
+    if hull[0].size > budget:
+        raise Impossible(
+            f"the smallest options add up to {_number(hull[0].size)}, which is more than the budget of "
+            f"{_number(budget)}"
+        )
+    best = [point for point in hull if point.size <= budget][-1]
+    if best is not hull[-1]:  # else every unit has its cheapest option already
+        exact = _solve(options, budget, gap, node_limit)
+        # A search stopped by its node limit, or an answer that is within the solver's tolerance of the budget
+        # but not within the budget, may be worse than the greedy one.
+        if exact is not None and exact.size <= budget and exact.cost <= best.cost:
+            best = exact
+    return _per_unit(best.choice, groups, len(cost))
+
+
+def frontier(cost: Table, size: Table, *, tied: Sequence[Sequence[int]] = ()) -> list[Point]:
+    """Corners of the lower convex hull of reachable (size, cost), from the smallest to the cheapest.
+
+    Every one of them is an optimum of `allocate` for its own size as the budget. Consecutive corners differ
+    in one unit (or group of tied units).
+
+    Args:
+        cost: see `allocate`.
+        size: see `allocate`.
+        tied: see `allocate`.
+
+    Returns:
+        Points of rising size and falling cost; choices have one index a unit.
+    """
+    groups, options = _checked(cost, size, tied)
+    return [
+        Point(point.size, point.cost, tuple(_per_unit(point.choice, groups, len(cost))))
+        for point in _walk(options)
+    ]
+
+
+def _checked(
+    cost: Table, size: Table, tied: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[_Option]]]:
+    """Units grouped by ties, and for each group the options that could ever be chosen, by rising size."""
+    if len(cost) != len(size) or any(len(c) != len(s) for c, s in zip(cost, size, strict=True)):
+        raise ValueError("allocate: cost and size need the same units with the same options")
+    in_ties = [unit for group in tied for unit in group]
+    if len(set(in_ties)) != len(in_ties) or any(not 0 <= unit < len(cost) for unit in in_ties):
+        raise ValueError("allocate: a tied unit does not exist, or stands in two groups")
+    groups = [list(group) for group in tied if group] + [
+        [u] for u in range(len(cost)) if u not in set(in_ties)
+    ]
+    groups.sort()
+    tables = []
+    for group in groups:
+        if len({len(cost[u]) for u in group}) != 1:
+            raise ValueError(f"allocate: tied units {group} differ in their number of options")
+        sums = [
+            _Option(sum(size[u][o] for u in group), sum(cost[u][o] for u in group), o)
+            for o in range(len(cost[group[0]]))
+        ]
+        if any(math.isnan(o.cost) or not 0 <= o.size < math.inf or o.cost == -math.inf for o in sums):
+            raise ValueError(f"allocate: units {group} have nan, or sizes that are negative or infinite")
+        kept = _undominated([option for option in sums if option.cost < math.inf])
+        if not kept:
+            raise Impossible(f"units {group} have no option that is allowed")
+        tables.append(kept)
+    return groups, tables
+
+
+def _undominated(options: list[_Option]) -> list[_Option]:
+    """Options of rising size and falling cost; of equal ones the first."""
+    kept: list[_Option] = []
+    for option in sorted(options, key=lambda o: (o.size, o.cost, o.index)):
+        if not kept or option.cost < kept[-1].cost:
+            kept.append(option)
+    return kept
+
+
+def _walk(options: list[list[_Option]]) -> list[Point]:
+    """The greedy walk: from the smallest options, always the step that buys most cost per size."""
+    steps: list[tuple[float, int, _Option, _Option]] = []
+    for unit, table in enumerate(options):
+        hull: list[_Option] = []
+        for option in table:
+            while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-2], option):
+                hull.pop()
+            hull.append(option)
+        steps += [(_gain(a, b), unit, a, b) for a, b in zip(hull, hull[1:], strict=False)]
+    steps.sort(key=lambda step: (-step[0], step[1], step[3].size))
+    now = [table[0] for table in options]
+    points = [_point(now)]
+    for _, unit, _, after in steps:
+        now[unit] = after
+        points.append(_point(now))
+    return points
+
+
+def _gain(a: _Option, b: _Option) -> float:
+    return (a.cost - b.cost) / (b.size - a.size)
+
+
+def _point(chosen: list[_Option]) -> Point:
+    return Point(
+        math.fsum(o.size for o in chosen), math.fsum(o.cost for o in chosen), tuple(o.index for o in chosen)
+    )
+
+
+def _solve(options: list[list[_Option]], budget: float, gap: float, node_limit: int) -> Point | None:
+    """The integer program; None if the search ended without an answer."""
+    flat = [(unit, option) for unit, table in enumerate(options) for option in table]
+    units = np.array([unit for unit, _ in flat])
+    costs = np.array([option.cost for _, option in flat])
+    sizes = np.array([option.size for _, option in flat])
+    # HiGHS's tolerances are absolute, so costs and sizes are brought to the order of one: costs as what they
+    # exceed their unit's cheapest by, over the widest such excess; sizes over the room that the smallest
+    # options leave.
+    costs = costs - np.array([table[-1].cost for table in options])[units]
+    costs /= max(costs.max(), np.finfo(float).tiny)
+    least = np.array([table[0].size for table in options])
+    room = budget - math.fsum(least)
+    extra = sizes - least[units]
+    fits = extra <= room
+    one_each = csr_array((np.ones(len(flat)), (units, np.arange(len(flat)))), shape=(len(options), len(flat)))
+    with _quiet():
+        result = milp(
+            c=costs,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, fits.astype(float)),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(np.where(fits, extra, 0.0)[None, :] / (room or 1.0), -np.inf, 1),
+            ],
+            options={"mip_rel_gap": gap, "node_limit": node_limit},
+        )
+    if result.x is None:
+        return None
+    chosen: list[_Option | None] = [None] * len(options)
+    for (unit, option), taken in zip(flat, result.x, strict=True):
+        if taken > 0.5:
+            chosen[unit] = option
+    complete = [option for option in chosen if option is not None]
+    return _point(complete) if len(complete) == len(options) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off standard output, which may be JSON for a program, what HiGHS prints from C++ unasked."""
+    if sys.platform == "win32":  # pragma: no cover - another C library
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)  # what is still in C's buffer would otherwise come out later
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _per_unit(choice: Sequence[int], groups: list[list[int]], units: int) -> list[int]:
+    out = [0] * units
+    for index, group in zip(choice, groups, strict=True):
+        for unit in group:
+            out[unit] = index
+    return out
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.6g}"

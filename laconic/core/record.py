@@ -1,0 +1,96 @@
+"""`Record`: what a pass did to one unit, as JSON and tensors, and `apply_records`: doing it to a model again.
+
+An artifact's `laconic.json` holds the records in order. Applying them to a fresh skeleton on meta gives a model whose
+state dict has the names and shapes of the artifact's `model.safetensors`; filling it is loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from laconic.errors import BadInput
+from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
+
+PACK = "pack"
+FOLD = "fold_batchnorm"
+
+
+@dataclass
+class Record:
+    """One change of a model.
+
+    Attributes:
+        action: "pack" (a parameter became packed) or "fold_batchnorm" (a norm went into the layer before it).
+        path: of the parameter, or of the layer that took the norm in.
+        data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold; `method`, `loss` and whatever the pass
+            wants to say.
+        tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
+    """
+
+    action: str
+    path: str
+    data: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"action": self.action, "path": self.path, **self.data}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Record:
+        rest = {k: v for k, v in data.items() if k not in ("action", "path")}
+        try:
+            record = Record(str(data["action"]), str(data["path"]), rest)
+            if record.action not in (PACK, FOLD):
+                raise ValueError(f"action {record.action!r} is not known to this laconic")
+            if record.action == PACK:
+                PackedParameterSpec.from_json(rest["spec"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(f"laconic.json holds a record that does not parse: {error}") from error
+        return record
+
+    @property
+    def spec(self) -> PackedParameterSpec:
+        """How a packed parameter is stored."""
+        return PackedParameterSpec.from_json(self.data["spec"])
+
+
+def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
+    """Do to a model, also one on meta, what the records say; returns the paths changed, in order.
+
+    Raises:
+        BadInput: a record names a module or parameter that the model does not have.
+    """
+    from laconic.norm import fold_shapes  # the one family whose structural edit a record can replay
+
+    changed = []
+    for record in records:
+        try:
+            if record.action == FOLD:
+                fold_shapes(model, [(record.path, record.data["norm"])])
+            else:
+                _apply_pack(model, record)
+        except (AttributeError, ValueError) as error:
+            raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
+        changed.append(record.path)
+    return changed
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the attribute's name."""
+    module_path, _, name = path.rpartition(".")
+    return model.get_submodule(module_path), name
+
+
+def _apply_pack(model: nn.Module, record: Record) -> None:
+    owner, name = owner_of(model, record.path)
+    declare(owner, name, record.spec)
+    if record.tensors:
+        fill(owner, name, record.tensors)
+    for alias in record.data.get("aliases", ()):
+        module, alias_name = owner_of(model, alias)
+        if module is not owner or alias_name != name:
+            declare_alias(module, alias_name, owner, name)

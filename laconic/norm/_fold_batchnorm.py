@@ -1,0 +1,121 @@
+"""`fold_batchnorm`: a batch norm in evaluation mode is affine, so the layer before it can do its work.
+
+For y = BN(conv(x)) with weight w, bias b, and the batch norm's mean, var, gamma, beta, eps, per output
+channel:
+
+    f = gamma / sqrt(var + eps)        w' = w f        b' = (b - mean) f + beta
+
+The batch norm becomes `nn.Identity`; a layer without a bias gets one. Computed in float64 and cast once. In
+transposed convolutions, whose weight is (in, out / groups, kernel), output channels lie on the second axis,
+group by group.
+
+Source: folklore; e.g. section 3.2 of "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", Jacob et al., 2017, arXiv 1712.05877. Cf. `torch.nn.utils.fusion`, which
+needs modules and not a model, and computes in the weight's type.
+
+Always use it before quantizing weights: the scale of a channel is then part of what is rounded, and the batch
+norm costs neither bytes nor time. Not for models that will be trained further in training mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from laconic.core.structure import Structure
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Fold(NamedTuple):
+    """A layer, the batch norm that alone reads its output, and why they can't become one ("" if they can)."""
+
+    conv: str
+    bn: str
+    reason: str
+
+
+def foldable(structure: Structure, model: nn.Module) -> list[Fold]:
+    """Every pair of `structure.batchnorm_pairs`, with the reason where it cannot be folded."""
+    return [Fold(conv, bn, _refusal(model, conv, bn)) for conv, bn in structure.batchnorm_pairs]
+
+
+def fold_batchnorm(model: nn.Module, conv: str, bn: str) -> None:
+    """Fold the batch norm at path `bn` into the layer at path `conv`, in place. On `meta`, shapes change
+    likewise.
+
+    Raises:
+        ValueError: the two cannot be folded, and why.
+    """
+    reason = _refusal(model, conv, bn)
+    if reason:
+        raise ValueError(f"{bn} cannot be folded into {conv}: {reason}")
+    layer, norm = model.get_submodule(conv), model.get_submodule(bn)
+    with torch.no_grad():
+        weight, bias = folded(layer, norm)
+        layer.weight.copy_(weight)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+        else:
+            layer.bias.copy_(bias)
+    model.set_submodule(bn, nn.Identity().train(norm.training))
+
+
+def fold_shapes(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    """The same edit for all (conv, bn) of a skeleton on `meta`: new biases are empty, batch norms are gone.
+
+    Raises:
+        ValueError: two modules cannot be folded, and why.
+    """
+    for conv, bn in pairs:
+        fold_batchnorm(model, conv, bn)
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """w' and b' in the weight's type, for a layer and its batch norm."""
+    weight = layer.weight.double()
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = (
+        -norm.running_mean.double()
+        if layer.bias is None
+        else layer.bias.double() - norm.running_mean.double()
+    )
+    bias = shift * factor
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    if isinstance(layer, TRANSPOSED):
+        groups = layer.groups
+        by_group = weight.view(groups, weight.shape[0] // groups, weight.shape[1], *weight.shape[2:])
+        per_output = factor.view(groups, 1, -1, *[1] * (weight.ndim - 2))
+        weight = (by_group * per_output).view_as(weight)
+    else:
+        weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+    return weight.to(layer.weight.dtype), bias.to(layer.weight.dtype)
+
+
+def _refusal(model: nn.Module, conv: str, bn: str) -> str:
+    layer, norm = model.get_submodule(conv), model.get_submodule(bn)
+    if not isinstance(layer, (nn.Linear, *CONVS, *TRANSPOSED)):
+        return f"{type(layer).__name__} is not a linear layer or a convolution of torch"
+    if type(norm) not in NORMS:
+        return f"{type(norm).__name__} is not a batch norm of torch, and may do more than normalize"
+    if norm.training:
+        return "the batch norm is in training mode: call model.eval() first"
+    if norm.running_mean is None or norm.running_var is None:
+        return "the batch norm keeps no running statistics and depends on its batch"
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if outputs != norm.num_features:
+        return f"{outputs} outputs do not match the {norm.num_features} features of the batch norm"
+    if parametrize.is_parametrized(layer) or parametrize.is_parametrized(norm):
+        return "a parametrization computes the weights: remove it first (torch.nn.utils.parametrize)"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (layer, norm)):
+        return "forward hooks look at what lies between the two: remove them first"
+    return ""

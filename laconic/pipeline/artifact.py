@@ -1,0 +1,338 @@
+"""The files of an artifact beside its tensors: `config.json`, `recipe.yaml`, `read.py` and `laconic.json`.
+
+`laconic.json` is written last, by a rename: a folder that has one is complete. It holds every record (what was done
+to the model, in order), the ledger, and the SHA-256 of each file. `config.json` repeats what is needed to rebuild the
+modules (`quantization_config.records`), so that transformers loads a folder of which only config and weights were
+copied; `read_manifest` refuses a folder in which the two disagree. All bytes are a function of the arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic import __version__
+from laconic.core.record import FOLD, PACK, Record, apply_records
+from laconic.errors import BadInput
+from laconic.nn import packed_specs
+from laconic.pipeline.source_base import Source
+from laconic.pipeline.source_folder import EXTRAS
+from laconic.pipeline.tensorfile import CHUNK, SINGLE
+
+__all__ = [
+    "MANIFEST", "VERSION", "Manifest", "quantization_config", "read_json", "read_manifest", "records_from_json",
+    "structural", "write_artifact_files",
+]  # fmt: skip
+
+VERSION = 1
+MANIFEST, CONFIG, RECIPE, READER = "laconic.json", "config.json", "recipe.yaml", "read.py"
+METHOD = "laconic"
+# What is hashed, as it is a function of model, data and seed; reports and timings stand outside.
+HASHED = (SINGLE, CONFIG, RECIPE, READER, *EXTRAS, "*.py")
+# What `apply_records` needs of a record; losses, methods and timings stay in laconic.json.
+STRUCTURAL = ("action", "path", "spec", "aliases", "norm")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `laconic.json` says.
+
+    Attributes:
+        folder: of the artifact.
+        records: what was done to the model, in order.
+        model: `kind`, `class`, `architectures` and `dtype` of the model.
+        ledger: a row per parameter and buffer.
+        hashes: file -> SHA-256.
+        versions: of the packages that made it.
+    """
+
+    folder: Path
+    records: list[Record]
+    model: dict[str, Any]
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def write_artifact_files(
+    folder: str | os.PathLike[str],
+    *,
+    source: Source,
+    records: Iterable[Record],
+    ledger: Iterable[Mapping[str, Any]] = (),
+    recipe_text: str | None = None,
+    decision_hash: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> None:
+    """Complete a folder that holds a finished `model.safetensors`.
+
+    Args:
+        folder: where the tensors lie.
+        source: the float model; brings the config, tokenizer and processor files.
+        records: what was done to it, in order; their tensors are not looked at.
+        ledger: rows of JSON values.
+        recipe_text: YAML of the recipe.
+        decision_hash: SHA-256 of the decision that was carried out.
+        versions: package -> version.
+
+    Raises:
+        BadInput: the folder holds no tensors, or a record does not fit the model.
+    """
+    target, records = Path(folder), list(records)
+    if not (target / SINGLE).is_file():
+        raise BadInput(f"{target} holds no {SINGLE}: write the tensors before the files that describe them")
+    source.save_extras(target)
+    model = source.skeleton()
+    dtype = _compute_dtype(model)
+    said = []
+    for record in records:
+        row = record.to_json()
+        if record.action == PACK:
+            row.setdefault("dtype", _short(source.spec(record.path)[0]))
+        said.append(row)
+    apply_records(model, (Record(r.action, r.path, r.data) for r in records))
+    if (target / CONFIG).is_file():
+        config = read_json(target / CONFIG)
+        config.setdefault("dtype", dtype)
+        if config["dtype"] is None:
+            config["dtype"] = dtype
+        config["quantization_config"] = quantization_config(model, records)
+        _write_json(target / CONFIG, config)
+    if recipe_text is not None:
+        (target / RECIPE).write_text(recipe_text, encoding="utf-8")
+    shutil.copyfile(Path(__file__).with_name("read_artifact.py"), target / READER)
+    cls = type(source.skeleton())
+    manifest = {
+        "version": VERSION,
+        "laconic": __version__,
+        "model": {
+            "kind": source.kind,
+            "class": f"{cls.__module__}.{cls.__qualname__}",
+            "architectures": [cls.__name__],
+            "dtype": dtype,
+        },
+        "records": said,
+        "ledger": [dict(row) for row in ledger],
+        "decision": decision_hash,
+        "versions": dict(versions or {}),
+        "hashes": {name: _sha256(target / name) for name in _hashed_files(target)},
+    }
+    _write_json(target / MANIFEST, manifest)
+
+
+def quantization_config(model: nn.Module, records: Iterable[Record]) -> dict[str, Any]:
+    """The `quantization_config` of a packed model's `config.json`.
+
+    `records` are what laconic's quantizer rebuilds from. `format`, `config_groups` and `ignore` say the same of the
+    linear layers in compressed-tensors' own form, whose names and bytes they have.
+    """
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "records": [structural(record) for record in records],
+        **_foreign(model),
+    }
+
+
+def structural(record: Record) -> dict[str, Any]:
+    """The JSON of a record that rebuilding needs."""
+    data = {key: value for key, value in record.to_json().items() if key in STRUCTURAL}
+    if record.action == PACK:
+        data.setdefault("aliases", [])
+    return data
+
+
+def _foreign(model: nn.Module) -> dict[str, Any]:
+    """compressed-tensors' description of those linear layers that have its form; the rest is listed as ignored."""
+    groups: dict[str, list[str]] = {}
+    schemes = {}
+    for path, spec in packed_specs(model).items():
+        module_path, _, name = path.rpartition(".")
+        scheme, k = spec.scheme, spec.matrix[1]
+        fits = scheme.zero != "real" and scheme.scale.granularity in ("channel", "group") and scheme.fits(k)
+        if name == "weight" and isinstance(model.get_submodule(module_path), nn.Linear) and fits:
+            groups.setdefault(str(scheme), []).append(module_path)
+            schemes[str(scheme)] = scheme
+    described = {path for paths in groups.values() for path in paths}
+    ignored = sorted(
+        path for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in described
+    )  # fmt: skip
+    config_groups = {
+        f"group_{i}": {
+            "targets": sorted(groups[text]),
+            "weights": {
+                "num_bits": schemes[text].bits,
+                "type": "int",
+                "symmetric": schemes[text].symmetric,
+                "strategy": schemes[text].scale.granularity,
+                "group_size": schemes[text].scale.group,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, text in enumerate(sorted(groups))
+    }
+    return {"format": "pack-quantized", "config_groups": config_groups, "ignore": ignored}
+
+
+def _compute_dtype(model: nn.Module) -> str:
+    return _short(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    """Sorted keys and no time stamps, put in place by a rename."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _hashed_files(folder: Path) -> list[str]:
+    found = {file for pattern in HASHED for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _sha256(file: Path) -> str:
+    sha = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Manifest:
+    """What a folder's `laconic.json` says, checked.
+
+    Args:
+        folder: an artifact.
+        verify: also compare the SHA-256 of every file with the one recorded; reads all bytes.
+
+    Raises:
+        BadInput: it is no complete artifact of laconic, a newer one, or one that was changed by hand; or, with
+            `verify`, a file is missing or has other bytes.
+    """
+    folder = Path(folder)
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder: give the folder that laconic compress wrote")
+    if not file.is_file():
+        raise BadInput(
+            f"{folder} holds no {MANIFEST}: it is no artifact of laconic, or one that was not finished (run "
+            "laconic compress again with --resume)"
+        )
+    raw = read_json(file)
+    if raw.get("version") != VERSION:
+        raise BadInput(
+            f"{file} has version {raw.get('version')!r} and this laconic reads version {VERSION}: update laconic"
+        )
+    model, hashes = raw.get("model"), raw.get("hashes")
+    if not isinstance(model, dict) or not isinstance(hashes, dict):
+        raise BadInput(f"{file} lacks its model or hashes: it was changed or cut short, copy it again")
+    for name in hashes:
+        _check_file_name(name, file)
+    records = records_from_json(raw.get("records"), file)
+    manifest = Manifest(
+        folder, records, model, raw.get("ledger") or [], hashes, raw.get("versions") or {}
+    )  # fmt: skip
+    if not (folder / SINGLE).is_file():
+        raise BadInput(f"{folder} holds no {SINGLE}: the artifact is incomplete, copy it again")
+    _check_config(manifest)
+    if verify:
+        _check_hashes(manifest)
+    return manifest
+
+
+def records_from_json(rows: Any, file: str | os.PathLike[str]) -> list[Record]:
+    """Records of a JSON list in `file`, whose paths can only be names inside a model.
+
+    Raises:
+        BadInput: a record does not parse, or its path climbs out.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{file} holds no list of records: it was changed or cut short, copy it again")
+    records = [Record.from_json(row) for row in rows]
+    for record in records:
+        named = [record.path]
+        if record.action == FOLD:
+            named.append(record.data.get("norm"))
+        aliases = record.data.get("aliases", [])
+        if not isinstance(aliases, list):
+            raise BadInput(f"{file}: the aliases of {record.path} are not a list: copy it again")
+        for path in [*named, *aliases]:
+            _check_parameter_path(path, file)
+    return records
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        BadInput: the file cannot be read, or is not one.
+    """
+    try:
+        raw = json.loads(file.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file} is not valid JSON ({error}): it was changed or cut short, copy it again") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{file} is not a JSON object: copy it again")
+    return raw
+
+
+def _check_parameter_path(path: Any, file: str | os.PathLike[str]) -> None:
+    """Module paths are attribute names joined by single dots; slashes and empty parts belong to file systems."""
+    if not isinstance(path, str) or any(c in path for c in "/\\\0") or not all(path.split(".")):
+        raise BadInput(f"{file} names the path {path!r}, which climbs out of the model: the file is not to be trusted")
+    if any(part.startswith("__") for part in path.split(".")):
+        raise BadInput(f"{file} names the path {path!r}, which no parameter has: the file is not to be trusted")
+
+
+def _check_file_name(name: str, file: Path) -> None:
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or ":" in name or not all(part not in ("", ".", "..") for part in parts):
+        raise BadInput(f"{file} names the file {name!r}, which climbs out of its folder: it is not to be trusted")
+
+
+def _check_config(manifest: Manifest) -> None:
+    """config.json repeats the records; one that says otherwise was edited, or belongs to another artifact."""
+    file = manifest.folder / CONFIG
+    if manifest.model.get("kind") != "transformers":
+        return
+    if not file.is_file():
+        raise BadInput(f"{manifest.folder} holds no {CONFIG}: the artifact is incomplete, copy it again")
+    said = read_json(file).get("quantization_config")
+    if not isinstance(said, dict) or said.get("quant_method") != METHOD:
+        raise BadInput(f"{file} has no quantization_config of laconic: it was changed, copy it again")
+    if said.get("records") != [structural(record) for record in manifest.records]:
+        raise BadInput(f"{file} and {MANIFEST} disagree about what was packed: one was changed, copy both again")
+
+
+def _check_hashes(manifest: Manifest) -> None:
+    for name, recorded in manifest.hashes.items():
+        file = manifest.folder / name
+        if not file.is_file():
+            raise BadInput(f"{file} is missing: the artifact is incomplete, copy it again")
+        if _sha256(file) != recorded:
+            raise BadInput(f"{file} is not the file that laconic wrote (its SHA-256 differs): copy it again")

@@ -1,0 +1,310 @@
+"""Artifacts through transformers: `AutoModel.from_pretrained(folder)` gives what `laconic.load(folder)` gives.
+
+Importing this module registers the quantizer; `laconic._hooks` does so as soon as transformers is there. The records
+come from `config.json` (`quantization_config.records`), so config and weights alone make a loadable folder, also after
+`save_pretrained`. transformers itself would leave what it does not find at random values; here a record that fits no
+module of the class, and a tensor that the file lacks, are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from laconic.core.record import FOLD, PACK, Record, apply_records
+from laconic.errors import BadInput
+from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
+from laconic.pipeline.artifact import METHOD, VERSION, quantization_config, records_from_json
+from laconic.pipeline.tensorfile import TensorReader
+
+__all__ = [
+    "LaconicConfig", "LaconicQuantizer", "attach", "check_filled", "fit_records", "mark_filled", "settle_ties",
+]  # fmt: skip
+
+
+class LaconicConfig(QuantizationConfigMixin):
+    """`quantization_config` of an artifact's `config.json`.
+
+    Args:
+        version: of the artifact's format.
+        records: what was done to the model, in order, as JSON.
+        others: the rest (compressed-tensors' description), kept as it is.
+    """
+
+    def __init__(self, version: int = VERSION, records: Iterable[dict[str, Any]] = (), **others: Any):
+        others.pop("quant_method", None)
+        self.quant_method = METHOD
+        self.version = version
+        self.records = list(records)
+        for key, value in others.items():
+            setattr(self, key, value)
+
+
+class LaconicQuantizer(HfQuantizer):
+    """Turns the modules of a model on meta into packed ones, so that transformers fills them from the file."""
+
+    quantization_config: LaconicConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what this version cannot load, before anything is built."""
+        if not self.pre_quantized:
+            raise BadInput("from_pretrained does not compress: run laconic compress, and load the folder it writes")
+        if self.quantization_config.version != VERSION:
+            raise BadInput(
+                f"config.json has version {self.quantization_config.version!r} of laconic's format and this laconic "
+                f"reads version {VERSION}: update laconic"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        records = records_from_json(self.quantization_config.records, "config.json")
+        model.eval()  # as it will be; a batch norm in training mode cannot be folded
+        self._fitted = fit_records(model, records)
+        apply_records(model, self._fitted)
+        settle_ties(model)
+        _set_kept_dtypes(model, kwargs.get("dtype"))
+        mark_filled(model)
+        # Alignment bytes of the file, which are no one's tensors.
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"^__pad_\d+$"}
+        self._kept = {
+            name for path, spec in packed_specs(model).items() for name in storage_names(path, spec).values()
+        }
+        if kwargs.get("checkpoint_files"):
+            stored = [r.path for r in records if r.action == PACK]
+            _check_stored(model, stored, [Path(file) for file in kwargs["checkpoint_files"]])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        check_filled(model)
+        attach(model, self._fitted, self)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Packed tensors stay as they are stored, scales included; everything else is cast as ever."""
+        if any(name in self._kept for name in converter._original_target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """None: the names in the file are those of the module, and experts are fused already."""
+        return []
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes packed tensors and, in config.json, the records."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top, since every op has an input gradient; packed weights cannot."""
+        return True
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(LaconicConfig)
+    register_quantizer(METHOD)(LaconicQuantizer)
+
+
+def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None = None) -> None:
+    """Give a loaded model what transformers expects on a quantized one, with the records as this class has them.
+
+    Args:
+        model: a transformers model with packed modules.
+        records: what was applied to it.
+        quantizer: the one that loaded it; a new one by default.
+    """
+    folds = [record for record in records if record.action == FOLD]
+    config = LaconicConfig(**quantization_config(model, [*folds, *_pack_records(model)]))
+    if quantizer is None:
+        quantizer = LaconicQuantizer(config, pre_quantized=True)
+    quantizer.quantization_config = config
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model._weight_conversions = []  # save_pretrained must not split experts or rename anything
+
+
+# --- from the records of the saved class to the class that is loaded ----------------------------------------
+
+
+def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
+    """The records with their paths as the class of `model` has them: with or without the base model's prefix.
+
+    Records of a head that the class lacks are left out; one inside the base model must fit.
+
+    Raises:
+        BadInput: a record belongs to the base model and fits no module of it.
+    """
+    fitted = []
+    for record in records:
+        path = _fitted(model, record.path)
+        data = dict(record.data)
+        if record.action == FOLD:
+            norm = _fitted(model, data["norm"], parameter=False)
+            path = _fitted(model, record.path, parameter=False)
+            if path is None or norm is None:
+                continue
+            data["norm"] = norm
+        else:
+            aliases = [found for alias in data.get("aliases", ()) if (found := _fitted(model, alias)) is not None]
+            if path is None and aliases:
+                raise BadInput(
+                    f"{type(model).__name__} has {aliases[0]}, whose values are stored as {record.path}, which it "
+                    "lacks: load the folder with the class that its config.json names"
+                )
+            if path is None:
+                continue
+            data["aliases"] = aliases
+        fitted.append(Record(record.action, path, data))
+    return fitted
+
+
+def _fitted(model: Any, path: str, parameter: bool = True) -> str | None:
+    """`path` as `model` has it; None if it belongs to a head that `model` lacks."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    inner = path.removeprefix(prefix)
+    for candidate in dict.fromkeys((path, inner, prefix + path)):
+        if _has(model, candidate, parameter):
+            return candidate
+    base = getattr(model, model.base_model_prefix, None) if prefix else None
+    base = base if isinstance(base, nn.Module) else model
+    # A head, and a part that this class does without (a pooler), is no child of the base model here.
+    if base._modules.get(inner.partition(".")[0]) is not None:
+        raise BadInput(
+            f"config.json records that {path} was packed, and {type(model).__name__} has no such parameter: the "
+            "config does not belong to these weights, or the class is another"
+        )
+    return None
+
+
+def _has(model: nn.Module, path: str, parameter: bool) -> bool:
+    owner, _, name = path.rpartition(".") if parameter else (path, "", "")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return False
+    return not parameter or module._parameters.get(name) is not None
+
+
+def settle_ties(model: Any) -> None:
+    """Take packed parameters out of transformers' table of ties: their aliases hold no tensors to be tied.
+
+    A parameter that this class ties to a packed one, and the records do not know (a head on top of a packed base
+    model), becomes an alias as well.
+    """
+    ties = model.all_tied_weights_keys
+    again = True
+    while again:
+        again = False
+        for target, source in list(ties.items()):
+            packed = [_packed_owner(model, name) for name in (target, source)]
+            if packed == [None, None]:
+                continue
+            for name, own, other in ((target, *packed), (source, *packed[::-1])):
+                if own is None:
+                    path, _, attribute = name.rpartition(".")
+                    declare_alias(model.get_submodule(path), attribute, *other)
+            del ties[target]
+            again = True
+
+
+def _packed_owner(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
+    """The module and attribute that hold the packed tensors behind a parameter's path, None if it is a float."""
+    owner, _, name = path.rpartition(".")
+    module: Any = model.get_submodule(owner)
+    if not is_packed(module) or name not in module._packed:
+        return None
+    return module._packed_owner.get(name, (module, name))
+
+
+def _pack_records(model: nn.Module) -> list[Record]:
+    """Records of the packed parameters that a model has now, aliases that its class added included."""
+    aliases: dict[tuple[int, str], list[str]] = {}
+    for path, module in model.named_modules():
+        if is_packed(module):
+            for name, (owner, own_name) in module._packed_owner.items():
+                aliases.setdefault((id(owner), own_name), []).append(f"{path}.{name}" if path else name)
+    records = []
+    for path, spec in packed_specs(model).items():
+        owner, _, name = path.rpartition(".")
+        tied = aliases.get((id(model.get_submodule(owner)), name), [])
+        records.append(Record(PACK, path, {"spec": spec.to_json(), "aliases": tied}))
+    return records
+
+
+def _set_kept_dtypes(model: Any, dtype: torch.dtype | None) -> None:
+    """Compute type of packed parameters in parts that transformers keeps in float32 in half-precision models."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = model._get_dtype_plan(dtype) if dtype is not None else {}
+    if not kept:
+        return
+    pattern, of_group, _ = build_glob_alternation(list(kept))
+    for path, module in model.named_modules():
+        if is_packed(module):
+            for name in module._packed:
+                if match := pattern.search(f"{path}.{name}"):
+                    object.__setattr__(module, "_packed_dtype", kept[of_group[match.lastgroup]])
+
+
+def mark_filled(model: nn.Module) -> None:
+    """Keep transformers from initialising packed weights: it would dequantize each one and write into the copy.
+
+    A module with a buffer that no file holds (an embedding's factor) is still initialised.
+    """
+    for module in model.modules():
+        if is_packed(module) and not module._non_persistent_buffers_set:
+            module._is_hf_initialized = True
+
+
+# --- nothing is left at random values ---------------------------------------------------------------------------
+
+
+def _check_stored(model: Any, stored: Iterable[str], files: list[Path]) -> None:
+    """Whether the weight files hold every tensor of every packed parameter, as the spec says.
+
+    Raises:
+        BadInput: naming the first that is missing or different.
+    """
+    specs = {}
+    for file in files:
+        with TensorReader(file) as reader:
+            specs.update({name: reader.spec(name) for name in reader.names()})
+    prefix = f"{model.base_model_prefix}."
+    known = set(stored)
+    for path, spec in packed_specs(model).items():
+        spellings = [name for name in (path, path.removeprefix(prefix), prefix + path) if name in known]
+        for suffix, expected in spec.tensors().items():
+            name = f"{spellings[0]}_{suffix}"
+            if specs.get(name) != expected:
+                found = f"{specs[name][0]} of shape {specs[name][1]}" if name in specs else "nothing"
+                raise BadInput(
+                    f"{files[0].name} holds {found} as {name}, where config.json records {expected[0]} of shape "
+                    f"{expected[1]}: the folder is damaged or was changed, copy it again"
+                )
+
+
+def check_filled(model: nn.Module) -> None:
+    """Compare the shape stored beside each packed parameter with the record's, which tells lost values as well.
+
+    Raises:
+        BadInput: naming the first parameter that differs.
+    """
+    for path, spec in packed_specs(model).items():
+        owner, _, name = path.rpartition(".")
+        shape = model.get_submodule(owner).packed_tensor(name, "shape")
+        if shape is None or shape.is_meta or tuple(shape.tolist()) != spec.shape:
+            raise BadInput(
+                f"{path} was recorded with shape {spec.shape} and its stored shape differs: the weights were not "
+                "loaded, or belong to another model"
+            )

@@ -1,0 +1,91 @@
+"""`inspect`: where the bytes, the operations, the milliseconds and the outliers of a model are."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from laconic.core.structure import Structure
+
+from .source import resolve
+from .units import find_units
+
+
+def inspect(model: Any, *, task: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False, example: Any = None) -> dict[str, Any]:
+    """Per parameter: bytes, multiply-adds and milliseconds of its module on the example inputs, and outliers.
+
+    Args:
+        model: as in `compress`; None where `task` brings its own.
+        task: a task by name, for its model.
+        trust_remote_code, allow_pickle, example: as in `resolve`.
+
+    Returns:
+        A record with `model`, `units` (name, op, bytes, macs, ms, outlier_ratio, reason) and `notes`.
+    """
+    from .compress import load_task_model
+
+    if model is None and task is not None:
+        model = load_task_model(task)
+    source = resolve(model, example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    net = source.load()
+    args, kwargs = source.example()
+    structure = Structure.build(net, (args, kwargs))
+    units = find_units(net, structure)
+    milliseconds, positions = _timed(net, args, kwargs)
+    rows = []
+    for unit in units:
+        owner = unit.name.rpartition(".")[0]
+        weight = net.get_parameter(unit.name).detach().float()
+        rms = float(weight.square().mean().sqrt()) if weight.numel() else 0.0
+        main = len(unit.shape) > 1
+        rows.append(
+            {
+                "name": unit.name, "kind": "parameter", "op": unit.op, "bytes": unit.nbytes, "bytes_before": unit.nbytes,
+                "macs": unit.numel * positions.get(owner, 0) if main and unit.op in ("linear", "conv", "experts") else 0,
+                "ms": milliseconds.get(owner) if main else None,
+                "outlier_ratio": float(weight.abs().max()) / rms if rms else None, "reason": unit.reason or None,
+                "calls": unit.calls,
+            }
+        )  # fmt: skip
+    return {
+        "model": {"name": source.name, "kind": source.kind, "class": type(net).__name__, "parameters": sum(u.numel for u in units)},
+        "size_before": source.size_before, "units": rows, "notes": list(source.notes) + list(structure.notes),
+    }  # fmt: skip
+
+
+def _timed(net: nn.Module, args: tuple, kwargs: dict) -> tuple[dict[str, float], dict[str, int]]:
+    """Milliseconds of every leaf module (best of three runs), and positions that its weight is multiplied at."""
+    best: dict[str, float] = {}
+    positions: dict[str, int] = {}
+    total: dict[str, float] = defaultdict(float)
+    started: dict[str, float] = {}
+
+    def before(path: str) -> None:
+        started[path] = time.perf_counter()
+
+    def after(path: str, output: Any) -> None:
+        total[path] += 1000 * (time.perf_counter() - started[path])
+        if isinstance(output, torch.Tensor) and output.dim() > 1:
+            channels = output.shape[1] if output.dim() == 4 else output.shape[-1]
+            positions[path] = output.numel() // max(1, channels)
+
+    handles = []
+    for path, module in net.named_modules():
+        if not any(module.children()):
+            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: before(path)))
+            handles.append(module.register_forward_hook(lambda m, a, out, path=path: after(path, out)))
+    try:
+        for _ in range(3):
+            total.clear()
+            with torch.inference_mode():
+                net(*args, **kwargs)
+            for path, spent in total.items():
+                best[path] = min(best.get(path, spent), spent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return best, positions

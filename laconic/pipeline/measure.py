@@ -1,0 +1,85 @@
+"""What is measured of the machine and of running models: memory, latency, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def latency_ms(runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 20.0) -> dict[str, float]:
+    """Median milliseconds of each callable; they alternate, so drift of the machine hits all alike.
+
+    Args:
+        runs: name -> what to time.
+        rounds: at most this many of each, after one that is not counted.
+        seconds: stop early (after two rounds at least) when this much time is gone.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                times[name].append(1000 * (time.perf_counter() - start))
+        if number >= 2 and time.perf_counter() - begin > seconds:
+            break
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def run_batch(task: Any, model: nn.Module, batch: Any) -> Tensor:
+    """One forward without gradients."""
+    with torch.inference_mode():
+        return task.forward(model, batch)
+
+
+def machine() -> dict[str, Any]:
+    """The machine that figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "os": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import laconic
+
+    found = {"laconic": laconic.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "safetensors", "numpy", "scipy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,127 @@
+"""`OUT.partial`: where work goes until it is whole, and what makes it resumable.
+
+Every solved unit is a file named by the hash of everything that its bits depend on, so a resumed run takes what it finds
+and solves the rest: same bytes, whatever moment the first run was killed at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from laconic.errors import BadInput
+
+_done = 0
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over JSON of the parts: the name of a unit of work."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Workspace:
+    """The folder of a run in progress.
+
+    Args:
+        out: the final folder; work goes to `out` + ".partial".
+        resume: keep what is there; otherwise start anew.
+        overwrite: replace an existing `out` when the run is complete.
+
+    Raises:
+        BadInput: `out` exists and may not be replaced, or cannot be made.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False):
+        self.out = Path(out)
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        if self.out.exists() and not overwrite:
+            raise BadInput(f"{self.out} exists; name another folder or pass --overwrite")
+        if self.out.exists() and not self.out.is_dir():
+            raise BadInput(f"{self.out} is a file; the output is a folder")
+        self._resume = resume
+        self.records = self.partial / "records"
+        self.reused = 0
+
+    def open(self) -> None:
+        """Make the folder: from here on something is on disk."""
+        try:
+            if self.partial.exists() and not self._resume:
+                shutil.rmtree(self.partial)
+            self.records.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.partial} cannot be made: {error.strerror}") from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, or None."""
+        try:
+            return json.loads((self.partial / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the run whole or not at all."""
+        text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
+        write_whole(self.partial / name, text.encode())
+
+    def load(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors solved under a key, or None."""
+        path = self.records / f"{key}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            found = load(path.read_bytes())
+        except Exception:  # noqa: BLE001 - safetensors raises its own type; a torn record is solved again
+            path.unlink()
+            return None
+        self.reused += 1
+        return found
+
+    def save(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep the tensors of a solved unit."""
+        write_whole(self.records / f"{key}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+        failpoint("unit")
+
+    def finish(self) -> Path:
+        """Give the complete folder its final name."""
+        shutil.rmtree(self.records, ignore_errors=True)
+        if self.out.exists():
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+            self.partial.rename(self.out)
+            shutil.rmtree(old)
+        else:
+            self.partial.rename(self.out)
+        return self.out
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written: {error.strerror}; make room and run again with --resume") from error
+
+
+def failpoint(name: str) -> None:
+    """Die here if `LACONIC_FAILPOINT` is "NAME:N" and this is the N-th time: how tests kill a run at a chosen moment."""
+    global _done
+    wanted = os.environ.get("LACONIC_FAILPOINT", "")
+    if wanted.startswith(name + ":"):
+        _done += 1
+        if _done >= int(wanted.partition(":")[2]):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,93 @@
+"""`rtn`: round to nearest, the data-free baseline that every other quantization method has to beat.
+
+Each group of weights gets a scale (and a zero point) from its own values, and each weight the nearest code:
+
+    W (rows, K), groups of g:   s, z = affine_params(W[:, group])      (rows, G), G = ceil(K / g)
+                                q = clamp(round(W / s) + z, 0, 2^b - 1)
+                                W^ = s (q - z)
+
+Source: folklore; the numeric conventions (0 in the range, scales rounded to their storage type first,
+all-zero groups store s = 1) are those of `laconic.numerics`. Nothing is folded at inference, the codes are
+what runs.
+
+Use it at 8 bits, for embeddings (one row is one token: there is no input to weigh errors by), for anything
+without calibration data, and when seconds count. Use `gptq` at 4 bits and below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.numerics import Scheme, affine_params, dequantize, quantize
+
+# Elements of a chunk of rows; about eight float32 temporaries of this size live at once.
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized matrix, as solvers return it.
+
+    Attributes:
+        codes: (rows, K) uint8, unsigned.
+        scale: (rows, G) or (1, 1), in the scheme's scale dtype.
+        zero: None, (rows, G) uint8 or (rows, G) real, as the scheme says.
+        loss: what the solver minimized, in float64; comparable between results of the same solver.
+        g_idx: (K,) int64, the group of each column, where groups are not runs of columns (GPTQ with
+            `act_order` and without `static_groups`); None otherwise. Files hold only runs.
+        damp: the damping that GPTQ ended with, None for other solvers.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    loss: float
+    g_idx: Tensor | None = None
+    damp: float | None = None
+
+    def dequantize(self, scheme: Scheme) -> Tensor:
+        """W^ (rows, K) float32."""
+        if self.g_idx is None:
+            return dequantize(self.codes, self.scale, self.zero, scheme)
+        scale = self.scale.float()[:, self.g_idx]
+        zero = float(scheme.element.levels // 2) if self.zero is None else self.zero.float()[:, self.g_idx]
+        return scale * (self.codes.float() - zero)
+
+
+def round_to_nearest(
+    W: Tensor, scheme: Scheme, name: str = "tensor", generator: torch.Generator | None = None
+) -> Solved:
+    """Scale, zero and codes of a matrix, each group by itself; `loss` is ||W - W^||^2.
+
+    Works through chunks of rows, so that a billion-element embedding table needs little more than its codes
+    (a scale per tensor is the exception: its range is that of the whole matrix).
+
+    Args:
+        W: (rows, K) of any floating type.
+        scheme: how to store it.
+        name: the parameter's path, for messages.
+        generator: randomness of stochastic rounding.
+
+    Raises:
+        NotFinite: inf or nan in `W`.
+        ScaleOutOfRange: a scale does not fit in the scheme's scale dtype.
+    """
+    rows, k = W.shape
+    shared = affine_params(W, scheme, name) if scheme.scale.granularity == "tensor" else None
+    codes = torch.empty((rows, k), dtype=torch.uint8, device=W.device)
+    scales, zeros, loss = [], [], 0.0
+    step = max(1, CHUNK // max(1, k))
+    for begin in range(0, max(rows, 1), step):
+        x = W[begin : begin + step].float()
+        scale, zero = shared or affine_params(x, scheme, name)
+        part = quantize(x, scale, zero, scheme, generator)
+        codes[begin : begin + step] = part
+        loss += float((dequantize(part, scale, zero, scheme) - x).square_().sum(dtype=torch.float64))
+        scales.append(scale)
+        zeros.append(zero)
+    if shared is not None:
+        return Solved(codes, *shared, loss)
+    return Solved(codes, torch.cat(scales), None if zeros[0] is None else torch.cat(zeros), loss)

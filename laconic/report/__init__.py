@@ -1,0 +1,21 @@
+"""Renders measured records: the HTML report, tables for the terminal, the JSON line. Needs no torch."""
+
+from __future__ import annotations
+
+from .html import render_report, write_report
+from .jsonline import json_line
+from .plan import plan_table
+from .record import clean
+from .terminal import comparison_table, summary_table
+from .tree import inspect_tree
+
+__all__ = [
+    "clean",
+    "comparison_table",
+    "inspect_tree",
+    "json_line",
+    "plan_table",
+    "render_report",
+    "summary_table",
+    "write_report",
+]
