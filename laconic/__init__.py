@@ -19,11 +19,12 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from laconic.pipeline.compare import compare
-    from laconic.pipeline.compress import compress, plan
-    from laconic.pipeline.inspect import inspect
-    from laconic.pipeline.load import load
-    from laconic.tasks import fetch
+    from laconic.pipeline.compare import compare as compare
+    from laconic.pipeline.compress import compress as compress
+    from laconic.pipeline.compress import plan as plan
+    from laconic.pipeline.inspect import inspect as inspect
+    from laconic.pipeline.load import load as load
+    from laconic.tasks import fetch as fetch
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Registration with transformers, without importing it: at once where it is loaded, else when it comes.
 
-`AutoModel.from_pretrained(folder)` finds laconic's quantizer in a table of `transformers.quantizers.auto`. Importing
-that module takes seconds, so `import laconic` only leaves a finder on `sys.meta_path` that waits for it.
+`AutoModel.from_pretrained(folder)` finds laconic's quantizer in a table of `transformers.quantizers.auto`.
+Importing that module takes seconds, so `import laconic` only leaves a finder on `sys.meta_path` that waits
+for it.
 """
 
 from __future__ import annotations

@@ -22,13 +22,18 @@ app = typer.Typer(
 )  # fmt: skip
 
 Model = Annotated[str | None, typer.Argument(help="a folder, a fetched name, or module:function")]
-Data = Annotated[str | None, typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, or module:function")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, or module:function"),
+]
 TaskName = Annotated[str | None, typer.Option(help="a task by name; alone it brings its own model")]
 Columns = Annotated[str | None, typer.Option(help="which column is what, as text=body,label=topic")]
 BudgetText = Annotated[str | None, typer.Option(help='as "size=4x, drop=1"; size=4x by default')]
 RecipeFile = Annotated[str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact")]
 MaxRam = Annotated[str | None, typer.Option(help="bound on peak resident memory, as 8GB")]
-Keep = Annotated[list[str] | None, typer.Option(help="parameters that stay float: a path, a module or a glob; repeatable")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="parameters that stay float: a path, a module or a glob; repeatable")
+]
 Exclude = Annotated[list[str] | None, typer.Option(help="parameters that no pass may touch; repeatable")]
 Batch = Annotated[int | None, typer.Option(min=1, help="examples in a batch, for calibration and latency")]
 Seq = Annotated[int | None, typer.Option(min=1, help="tokens in an example")]
@@ -75,7 +80,7 @@ def compress(
     from laconic.pipeline.compress import compress as run
     from laconic.report import json_line, summary_table
 
-    with _progress(quiet or json_) as progress:
+    with _stoppable(out), _progress(quiet or json_) as progress:
         result = run(
             model, data, budget, out=out, task=task, columns=_columns(columns), recipe=recipe, max_ram=max_ram,
             seed=seed, resume=resume, batch=batch, seq=seq, threads=threads, exclude=exclude or (), keep=keep or (),
@@ -183,7 +188,11 @@ def doctor(json_: Json = False) -> None:
 
     report, checks = diagnose(), self_test()
     if json_:
-        print(json.dumps({**report, "checks": [vars(c) if hasattr(c, "__dict__") else c._asdict() for c in checks]}, default=str))
+        print(
+            json.dumps(
+                {**report, "checks": [vars(c) if hasattr(c, "__dict__") else c._asdict() for c in checks]}, default=str
+            )
+        )
     else:
         render(Console(), report, checks)
     raise typer.Exit(1 if any(c.state == "failed" for c in checks) else 0)
@@ -208,14 +217,37 @@ def _columns(text: str | None) -> dict[str, str] | None:
 
 
 @contextmanager
+def _stoppable(out: str) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind (typer itself ends silently)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"laconic: stopped; what is solved is kept in {out}.partial: run again with --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def _progress(silent: bool) -> Iterator[Any]:
     """A rich progress display on stderr, one bar a stage, with the time left."""
     if silent:
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         bars: dict[str, Any] = {}
 
@@ -238,10 +270,11 @@ def main() -> None:
         _say(error)
         sys.exit(1)
     except MemoryError:
-        print("laconic: out of memory; name a bound with --max-ram, and weights are handled one by one", file=sys.stderr)
+        print(
+            "laconic: out of memory; name a bound with --max-ram, and weights are handled one by one", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("laconic: stopped; what is solved is kept, run the same command with --resume", file=sys.stderr)
         sys.exit(130)
 
 

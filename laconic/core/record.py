@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from laconic.errors import BadInput
@@ -64,16 +65,14 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
     Raises:
         BadInput: a record names a module or parameter that the model does not have.
     """
-    from laconic.norm import fold_shapes  # the one family whose structural edit a record can replay
-
     changed = []
     for record in records:
         try:
             if record.action == FOLD:
-                fold_shapes(model, [(record.path, record.data["norm"])])
+                _apply_fold(model, record)
             else:
                 _apply_pack(model, record)
-        except (AttributeError, ValueError) as error:
+        except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
         changed.append(record.path)
     return changed
@@ -83,6 +82,17 @@ def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and the attribute's name."""
     module_path, _, name = path.rpartition(".")
     return model.get_submodule(module_path), name
+
+
+def _apply_fold(model: nn.Module, record: Record) -> None:
+    """The structure that folding leaves: the layer has a bias, the norm is gone. Values come from the file."""
+    layer: Any = model.get_submodule(record.path)
+    weight, norm = layer.weight, record.data["norm"]
+    if layer.bias is None:
+        outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        layer.bias = nn.Parameter(torch.empty(outputs, dtype=weight.dtype, device=weight.device))
+    parent, _, name = norm.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
 
 
 def _apply_pack(model: nn.Module, record: Record) -> None:

@@ -16,11 +16,18 @@ import threading
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from laconic.kernels import native
 from laconic.numerics import Scheme, dequantize, unpack
 
-ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu}  # fmt: skip
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
 # Weights dequantized at a time, elements: a reused 8 MiB float32 scratch stays near the caches, and fresh memory of
 # the whole matrix would cost ten times the unpacking in page faults.
 TILE = 1 << 21
@@ -41,6 +48,10 @@ _library.define(
 _library.define(
     "experts(Tensor x, Tensor index, Tensor codes, Tensor scale, Tensor? zero=None, Tensor? bias=None, *, int out, "
     "str scheme, str act='none') -> Tensor"
+)
+_library.define(
+    "experts_input_grad(Tensor grad, Tensor index, Tensor codes, Tensor scale, Tensor? zero=None, *, int k, str scheme) "
+    "-> Tensor"
 )
 _library.define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero=None, *, str scheme, int k, ScalarType dtype) -> Tensor"
@@ -106,9 +117,10 @@ def _rows_of(codes: Tensor, index: Tensor, scale: Tensor, zero: Tensor | None, s
     """float32 (len(index), k): some rows only."""
     per_row = scale.shape[0] > 1 or codes.shape[0] == 1
     zero = unpack_zero(zero, scale.shape[0], scheme)
-    s = scale[index] if per_row else scale
-    z = zero[index] if zero is not None and per_row else zero
-    return dequantize_rows(codes[index], s, z, scheme, k)
+    # index_select, which refuses negative numbers as F.embedding does, where indexing would count from the end.
+    s = scale.index_select(0, index) if per_row else scale
+    z = zero.index_select(0, index) if zero is not None and per_row else zero
+    return dequantize_rows(codes.index_select(0, index), s, z, scheme, k)
 
 
 # --- the references -------------------------------------------------------------------------------------------------
@@ -145,18 +157,29 @@ def _conv(
 
 
 def _experts(x, index, codes, scale, zero=None, bias=None, *, out, scheme, act="none"):
-    how, k = Scheme.parse(scheme), x.shape[-1]
     y = x.new_zeros((x.shape[0], out))
-    whole_zero = unpack_zero(zero, scale.shape[0], how)
+    for e, at, weight in _expert_weights(index, codes, scale, zero, scheme, out, x.shape[-1]):
+        y[at] = F.linear(x[at], weight.to(x.dtype), bias[e] if bias is not None else None)
+    return _activation(act)(y)
+
+
+def _experts_input_grad(grad, index, codes, scale, zero=None, *, k, scheme):
+    found = grad.new_zeros((grad.shape[0], k))
+    for _, at, weight in _expert_weights(index, codes, scale, zero, scheme, grad.shape[-1], k):
+        found[at] = grad[at] @ weight.to(grad.dtype)
+    return found
+
+
+def _expert_weights(index, codes, scale, zero, scheme, out, k):
+    """(expert, rows of the input that it takes, float32 (out, k)) for every expert that is picked."""
+    how = Scheme.parse(scheme)
+    zero = unpack_zero(zero, scale.shape[0], how)
     per_row = scale.shape[0] > 1
     for e in torch.unique(index).tolist():
-        at = (index == e).nonzero().squeeze(1)
         rows = slice(e * out, (e + 1) * out)
         s = scale[rows] if per_row else scale
-        z = whole_zero[rows] if whole_zero is not None and per_row else whole_zero
-        weight = dequantize_rows(codes[rows], s, z, how, k).to(x.dtype)
-        y[at] = F.linear(x[at], weight, bias[e] if bias is not None else None)
-    return _activation(act)(y)
+        z = zero[rows] if zero is not None and per_row else zero
+        yield e, (index == e).nonzero().squeeze(1), dequantize_rows(codes[rows], s, z, how, k)
 
 
 def _dequantize(codes, scale, zero=None, *, scheme, k, dtype):
@@ -202,26 +225,37 @@ def _fake_experts(x, index, codes, scale, zero=None, bias=None, *, out, scheme, 
     return x.new_empty((x.shape[0], out))
 
 
+def _fake_experts_input_grad(grad, index, codes, scale, zero=None, *, k, scheme):
+    return grad.new_empty((grad.shape[0], k))
+
+
 def _fake_dequantize(codes, scale, zero=None, *, scheme, k, dtype):
     return scale.new_empty((codes.shape[0], k), dtype=dtype)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
 # The output is recomputed from the float weight with autograd on: one definition for every activation, at the price of
-# a second forward. Packed tensors have no gradient.
+# a second forward. Packed tensors have no gradient. Weights come from ops here and not from the functions behind them,
+# because backward is traced (torch.compile, export for training) and what unpacks real bytes cannot be.
+
+
+def _keep(ctx, inputs, keyword_only_inputs, output):
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+    ctx.slots = [isinstance(v, Tensor) for v in inputs]
+    ctx.keywords = dict(keyword_only_inputs)
+
+
+def _kept(ctx) -> list[Tensor | None]:
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if slot else None for slot in ctx.slots]
 
 
 def _through(reference, differentiable: tuple[int, ...]):
     """Backward of `reference` with respect to the positional inputs listed."""
 
-    def setup(ctx, inputs, keyword_only_inputs, output):
-        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
-        ctx.slots = [isinstance(v, Tensor) for v in inputs]
-        ctx.keywords = dict(keyword_only_inputs)
-
+    @once_differentiable
     def backward(ctx, grad):
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if slot else None for slot in ctx.slots]
+        inputs = _kept(ctx)
         wanted = [i for i in differentiable if i < len(inputs) and inputs[i] is not None and ctx.needs_input_grad[i]]
         grads: list[Tensor | None] = [None] * len(inputs)
         if wanted:
@@ -233,26 +267,57 @@ def _through(reference, differentiable: tuple[int, ...]):
                 grads[i] = g
         return tuple(grads)
 
-    return setup, backward
+    return backward
 
 
 def _differentiable_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none"):
-    # Not tile by tile: autograd would see the reused scratch overwritten.
-    weight = _matrix(codes, scale, zero, Scheme.parse(scheme), x.shape[-1], x.dtype)
+    weight = torch.ops.laconic.dequantize(codes, scale, zero, scheme=scheme, k=x.shape[-1], dtype=x.dtype)
     y = _activation(act)(F.linear(x, weight, bias))
     return y if residual is None else y + residual
 
 
+def _differentiable_conv(
+    x, codes, scale, zero=None, bias=None, residual=None, *, scheme, kernel, stride, padding, dilation, groups=1, act="none"
+):  # fmt: skip
+    channels = x.shape[1 if x.dim() == len(kernel) + 2 else 0] // groups
+    k = channels * _product(kernel)
+    matrix = torch.ops.laconic.dequantize(codes, scale, zero, scheme=scheme, k=k, dtype=x.dtype)
+    weight = matrix.view(codes.shape[0], channels, *kernel)
+    y = _activation(act)(_CONV[len(kernel)](x, weight, bias, stride, padding, dilation, groups))
+    return y if residual is None else y + residual
+
+
+@once_differentiable
+def _experts_backward(ctx, grad):
+    """dx_t = dh_t W_e and db_e = sum of dh_t over the rows t of expert e, where dh is the gradient before `act`."""
+    x, index, codes, scale, zero, bias = (*_kept(ctx), None, None)[:6]
+    scheme, act = ctx.keywords["scheme"], ctx.keywords.get("act", "none")
+    if act != "none":
+        h = torch.ops.laconic.experts(x, index, codes, scale, zero, bias, out=ctx.keywords["out"], scheme=scheme)
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            y = _activation(act)(h)
+        grad = torch.autograd.grad(y, h, grad)[0]
+    needed = ctx.needs_input_grad
+    grads: list[Tensor | None] = [None] * len(ctx.slots)
+    if needed[0]:
+        k = x.shape[-1]
+        grads[0] = torch.ops.laconic.experts_input_grad(grad, index, codes, scale, zero, k=k, scheme=scheme)
+    if bias is not None and needed[5]:
+        grads[5] = torch.zeros_like(bias).index_add(0, index, grad.to(bias.dtype))
+    return tuple(grads)
+
+
 _CPU_AND_ALL = "CompositeExplicitAutograd"
-for _name, _reference, _fake, _backward, _inputs in (
-    ("linear", _linear, _fake_linear, _differentiable_linear, (0, 4, 5)),
-    ("embedding", _embedding, _fake_embedding, None, ()),
-    ("conv", _conv, _fake_conv, _conv, (0, 4, 5)),
-    ("experts", _experts, _fake_experts, _experts, (0, 5)),
-    ("dequantize", _dequantize, _fake_dequantize, None, ()),
+for _name, _reference, _fake, _backward in (
+    ("linear", _linear, _fake_linear, _through(_differentiable_linear, (0, 4, 5))),
+    ("embedding", _embedding, _fake_embedding, None),
+    ("conv", _conv, _fake_conv, _through(_differentiable_conv, (0, 4, 5))),
+    ("experts", _experts, _fake_experts, _experts_backward),
+    ("experts_input_grad", _experts_input_grad, _fake_experts_input_grad, None),
+    ("dequantize", _dequantize, _fake_dequantize, None),
 ):
     _library.impl(_name, _reference, _CPU_AND_ALL)
     torch.library.register_fake(f"laconic::{_name}", _fake, lib=_library)
     if _backward is not None:
-        _setup, _grad = _through(_backward, _inputs)
-        torch.library.register_autograd(f"laconic::{_name}", _grad, setup_context=_setup, lib=_library)
+        torch.library.register_autograd(f"laconic::{_name}", _backward, setup_context=_keep, lib=_library)

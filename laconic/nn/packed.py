@@ -65,7 +65,10 @@ class PackedParameterSpec:
         view = data["view"]
         if view not in ("rows", "last", "transposed"):
             raise ValueError(f"view {view!r} is not known")
-        return PackedParameterSpec(Scheme.parse(data["scheme"]), tuple(int(n) for n in data["shape"]), view)
+        shape = tuple(int(n) for n in data["shape"])
+        if not shape or min(shape) < 0 or (view == "transposed" and len(shape) != 2):
+            raise ValueError(f"shape {shape} has no {view} view as a matrix")
+        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view)
 
 
 def matrix_shape(shape: tuple[int, ...], view: View) -> tuple[int, int]:
@@ -168,10 +171,17 @@ def _value(self: Packed, name: str) -> Tensor:
     return restore_view(matrix, spec)
 
 
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    """y = x W^T + b, W (out, in) as packed: of nn.Linear, and of transformers' Conv1D, which stores W (in, out)."""
+    spec = self._packed["weight"]
+    if input.shape[-1] != spec.matrix[1]:  # the words of a row fit several widths, so the op itself cannot tell
+        raise RuntimeError(f"{self} takes {spec.matrix[1]} features and got an input of shape {tuple(input.shape)}")
+    codes, scale, zero = self.packed_operands("weight")
+    return torch.ops.laconic.linear(input, codes, scale, zero, self.bias, None, scheme=str(spec.scheme))
+
+
 class _LinearForward(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        codes, scale, zero = self.packed_operands("weight")
-        return torch.ops.laconic.linear(input, codes, scale, zero, self.bias, None, scheme=str(self._packed["weight"].scheme))
+    forward = _linear_forward
 
 
 class _EmbeddingForward(nn.Embedding):
@@ -208,12 +218,6 @@ class _Conv2dForward(nn.Conv2d):
         return _conv_forward(self, input, None, self.bias)
 
 
-def _conv1d_class_forward(self: Any, x: Tensor) -> Tensor:
-    """transformers' Conv1D: y = x W + b with W stored (in, out), packed as (out, in)."""
-    codes, scale, zero = self.packed_operands("weight")
-    return torch.ops.laconic.linear(x, codes, scale, zero, self.bias, None, scheme=str(self._packed["weight"].scheme))
-
-
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Fused experts: y_t = sum_j w_tj down_e(gate(up_e(x_t))), e = top_k_index_tj, rows sorted by nothing, no capacity."""
     tokens, top = top_k_index.shape
@@ -224,7 +228,7 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
     y = _expert_linear(self, "down_proj", h, index)
     y = y * top_k_weights.reshape(-1, 1)
-    return y.view(tokens, top, -1).sum(1).to(hidden_states.dtype)
+    return y.view(tokens, top, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _expert_linear(self: Any, name: str, x: Tensor, index: Tensor) -> Tensor:
@@ -232,9 +236,7 @@ def _expert_linear(self: Any, name: str, x: Tensor, index: Tensor) -> Tensor:
     if name in self._packed:
         spec = self._packed[name]
         codes, scale, zero = self.packed_operands(name)
-        return torch.ops.laconic.experts(
-            x, index, codes, scale, zero, bias, out=spec.shape[1], scheme=str(spec.scheme)
-        )
+        return torch.ops.laconic.experts(x, index, codes, scale, zero, bias, out=spec.shape[1], scheme=str(spec.scheme))
     weight = getattr(self, name)
     y = x.new_zeros((x.shape[0], weight.shape[1]))
     for e in torch.unique(index).tolist():
@@ -301,7 +303,7 @@ def _packed_class(module: nn.Module, names: frozenset[str]) -> type:
                 bases = (Packed, below) if cls is base else (Packed, cls, below)
                 break
         if _is_conv1d(module):
-            body["forward"] = _conv1d_class_forward
+            body["forward"] = _linear_forward
     if _is_experts(module) and any(op_of(module, name) == "experts" for name in names):
         body["forward"] = _experts_forward
     if isinstance(module, nn.RNNBase):

@@ -97,10 +97,8 @@ def quantize(
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
         v = x[begin:end].float() / s + (z if scheme.zero == "real" else 0)
-        if scheme.rounding == "stochastic":
-            v = torch.floor(v + torch.rand(v.shape, generator=generator, device=v.device))
-        else:
-            v = v.round()
+        noise = torch.rand(v.shape, generator=generator, device=v.device) if scheme.rounding == "stochastic" else None
+        v = v.round() if noise is None else torch.floor(v + noise)
         if scheme.zero != "real":
             v = v + z  # the zero point is added after rounding: the two orders differ at ties
         codes[begin:end] = v.clamp_(0, scheme.element.levels - 1).to(torch.uint8)

@@ -181,7 +181,7 @@ class Scheme:
         """Names (suffixes), dtypes and shapes of what is stored for a (rows, k) matrix."""
         scale_rows = 1 if self.scale.granularity == "tensor" else rows
         groups = 1 if self.scale.granularity == "tensor" else self.scale.groups(k)
-        stored = {
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "packed": (torch.int32, (rows, words_per_row(k, self.bits))),
             "scale": (self.scale.torch_dtype, (scale_rows, groups)),
         }

@@ -1,9 +1,10 @@
 """The files of an artifact beside its tensors: `config.json`, `recipe.yaml`, `read.py` and `laconic.json`.
 
-`laconic.json` is written last, by a rename: a folder that has one is complete. It holds every record (what was done
-to the model, in order), the ledger, and the SHA-256 of each file. `config.json` repeats what is needed to rebuild the
-modules (`quantization_config.records`), so that transformers loads a folder of which only config and weights were
-copied; `read_manifest` refuses a folder in which the two disagree. All bytes are a function of the arguments.
+`laconic.json` is written last, by a rename: a folder that has one is complete. It holds every record (what
+was done to the model, in order), the ledger, and the SHA-256 of each file. `config.json` repeats what is
+needed to rebuild the modules (`quantization_config.records`), so that transformers loads a folder of which
+only config and weights were copied; `read_manifest` refuses a folder in which the two disagree. All bytes are
+a function of the arguments.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from laconic.pipeline.source_folder import EXTRAS
 from laconic.pipeline.tensorfile import CHUNK, SINGLE
 
 __all__ = [
-    "MANIFEST", "VERSION", "Manifest", "quantization_config", "read_json", "read_manifest", "records_from_json",
-    "structural", "write_artifact_files",
+    "CONFIG", "MANIFEST", "METHOD", "VERSION", "Manifest", "check_filled", "quantization_config", "read_json",
+    "read_manifest", "records_from_json", "structural", "write_artifact_files",
 ]  # fmt: skip
 
 VERSION = 1
@@ -105,9 +106,8 @@ def write_artifact_files(
     apply_records(model, (Record(r.action, r.path, r.data) for r in records))
     if (target / CONFIG).is_file():
         config = read_json(target / CONFIG)
-        config.setdefault("dtype", dtype)
-        if config["dtype"] is None:
-            config["dtype"] = dtype
+        # Without it, transformers would take the type of the first scale that it meets.
+        config["dtype"] = config.get("dtype") or dtype
         config["quantization_config"] = quantization_config(model, records)
         _write_json(target / CONFIG, config)
     if recipe_text is not None:
@@ -135,8 +135,8 @@ def write_artifact_files(
 def quantization_config(model: nn.Module, records: Iterable[Record]) -> dict[str, Any]:
     """The `quantization_config` of a packed model's `config.json`.
 
-    `records` are what laconic's quantizer rebuilds from. `format`, `config_groups` and `ignore` say the same of the
-    linear layers in compressed-tensors' own form, whose names and bytes they have.
+    `records` are what laconic's quantizer rebuilds from. `format`, `config_groups` and `ignore` say the same
+    of the linear layers in compressed-tensors' own form, whose names and bytes they have.
     """
     return {
         "quant_method": METHOD,
@@ -155,7 +155,7 @@ def structural(record: Record) -> dict[str, Any]:
 
 
 def _foreign(model: nn.Module) -> dict[str, Any]:
-    """compressed-tensors' description of those linear layers that have its form; the rest is listed as ignored."""
+    """compressed-tensors' description of the linear layers that have its form; the others are ignored."""
     groups: dict[str, list[str]] = {}
     schemes = {}
     for path, spec in packed_specs(model).items():
@@ -229,8 +229,8 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
         verify: also compare the SHA-256 of every file with the one recorded; reads all bytes.
 
     Raises:
-        BadInput: it is no complete artifact of laconic, a newer one, or one that was changed by hand; or, with
-            `verify`, a file is missing or has other bytes.
+        BadInput: it is no complete artifact of laconic, a newer one, or one that was changed by hand; or,
+            with `verify`, a file is missing or has other bytes.
     """
     folder = Path(folder)
     file = folder / MANIFEST
@@ -244,7 +244,7 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
     raw = read_json(file)
     if raw.get("version") != VERSION:
         raise BadInput(
-            f"{file} has version {raw.get('version')!r} and this laconic reads version {VERSION}: update laconic"
+            f"{file} has version {raw.get('version')!r}, this laconic reads version {VERSION}: update laconic"
         )
     model, hashes = raw.get("model"), raw.get("hashes")
     if not isinstance(model, dict) or not isinstance(hashes, dict):
@@ -252,9 +252,7 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
     for name in hashes:
         _check_file_name(name, file)
     records = records_from_json(raw.get("records"), file)
-    manifest = Manifest(
-        folder, records, model, raw.get("ledger") or [], hashes, raw.get("versions") or {}
-    )  # fmt: skip
+    manifest = Manifest(folder, records, model, raw.get("ledger") or [], hashes, raw.get("versions") or {})
     if not (folder / SINGLE).is_file():
         raise BadInput(f"{folder} holds no {SINGLE}: the artifact is incomplete, copy it again")
     _check_config(manifest)
@@ -295,24 +293,32 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise BadInput(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file} is not valid JSON ({error}): it was changed or cut short, copy it again") from error
+        raise BadInput(
+            f"{file} is not valid JSON ({error}): it was changed or cut short, copy it again"
+        ) from error
     if not isinstance(raw, dict):
         raise BadInput(f"{file} is not a JSON object: copy it again")
     return raw
 
 
 def _check_parameter_path(path: Any, file: str | os.PathLike[str]) -> None:
-    """Module paths are attribute names joined by single dots; slashes and empty parts belong to file systems."""
+    """Module paths are names joined by single dots; slashes and empty parts belong to file systems."""
     if not isinstance(path, str) or any(c in path for c in "/\\\0") or not all(path.split(".")):
-        raise BadInput(f"{file} names the path {path!r}, which climbs out of the model: the file is not to be trusted")
+        raise BadInput(
+            f"{file} names the path {path!r}, which climbs out of the model: the file is not to be trusted"
+        )
     if any(part.startswith("__") for part in path.split(".")):
-        raise BadInput(f"{file} names the path {path!r}, which no parameter has: the file is not to be trusted")
+        raise BadInput(
+            f"{file} names the path {path!r}, which no parameter has: the file is not to be trusted"
+        )
 
 
 def _check_file_name(name: str, file: Path) -> None:
     parts = name.split("/")
     if "\\" in name or "\0" in name or ":" in name or not all(part not in ("", ".", "..") for part in parts):
-        raise BadInput(f"{file} names the file {name!r}, which climbs out of its folder: it is not to be trusted")
+        raise BadInput(
+            f"{file} names the file {name!r}, which climbs out of its folder: it is not to be trusted"
+        )
 
 
 def _check_config(manifest: Manifest) -> None:
@@ -326,7 +332,9 @@ def _check_config(manifest: Manifest) -> None:
     if not isinstance(said, dict) or said.get("quant_method") != METHOD:
         raise BadInput(f"{file} has no quantization_config of laconic: it was changed, copy it again")
     if said.get("records") != [structural(record) for record in manifest.records]:
-        raise BadInput(f"{file} and {MANIFEST} disagree about what was packed: one was changed, copy both again")
+        raise BadInput(
+            f"{file} and {MANIFEST} disagree about what was packed: one was changed, copy both again"
+        )
 
 
 def _check_hashes(manifest: Manifest) -> None:
@@ -336,3 +344,20 @@ def _check_hashes(manifest: Manifest) -> None:
             raise BadInput(f"{file} is missing: the artifact is incomplete, copy it again")
         if _sha256(file) != recorded:
             raise BadInput(f"{file} is not the file that laconic wrote (its SHA-256 differs): copy it again")
+
+
+def check_filled(model: nn.Module) -> None:
+    """Compare the shape stored beside each packed parameter with its record's; lost values show here as well.
+
+    Raises:
+        BadInput: naming the first parameter that differs.
+    """
+    for path, spec in packed_specs(model).items():
+        owner, _, name = path.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        shape = module.packed_tensor(name, "shape")
+        if shape is None or shape.is_meta or tuple(shape.tolist()) != spec.shape:
+            raise BadInput(
+                f"{path} was recorded with shape {spec.shape}, but another shape is stored beside its "
+                "weights: they were not loaded, or belong to another model; copy the artifact again"
+            )

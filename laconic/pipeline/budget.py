@@ -78,10 +78,10 @@ def parse_bytes(text: str, where: str = "the size") -> int:
     match = _NUMBER.fullmatch(text.strip())
     if not match or match["unit"].lower() not in UNITS:
         raise BadInput(f"{where} has {text!r}, which is no size: write a number and one of B, KB, MB, GB, MiB, GiB")
-    size = int(float(match["value"]) * UNITS[match["unit"].lower()])
-    if size <= 0:
-        raise BadInput(f"{where} has {text!r}, which is no size: it must be above zero")
-    return size
+    size = float(match["value"]) * UNITS[match["unit"].lower()]
+    if not 1 <= size < float("inf"):
+        raise BadInput(f"{where} has {text!r}, which is no size: it must be finite, and a byte at least")
+    return int(size)
 
 
 def _positive(value: str, text: str, part: str, zero: bool = False) -> float:

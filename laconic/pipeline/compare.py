@@ -61,7 +61,9 @@ def compare(
     return {
         "version": 1, "command": " ".join(sys.argv), "seed": seed,
         "verdict": {"met": None, "certified": None, "exit_code": 0, "sentence": f"{second.name} against {first.name}"},
-        "model": {"name": f"{first.name} -> {second.name}", "kind": "comparison", "class": type(second.model).__name__, "parameters": None},
+        "model": {
+            "name": f"{first.name} -> {second.name}", "kind": "comparison", "class": type(second.model).__name__, "parameters": None,
+        },
         "task": {
             "id": task.id, "metric": task.metric.name, "higher_is_better": task.metric.higher_is_better,
             "bounded": task.metric.bounded, "unit": unit, "verify_n": found.n,
@@ -72,7 +74,9 @@ def compare(
         "ratio": first.size / second.size if second.size else None, "drop": found.drop, "drop_low": found.low,
         "drop_high": found.high, "flips": found.flips,
         "also": {name: [before.also.get(name), value] for name, value in after.also.items()},
-        "latency": {"batch": n, "seq": seq, "threads": machine()["threads"], "rounds": 7, "ratio": times["before"] / times["after"], "sentence": ""},
+        "latency": {
+            "batch": n, "seq": seq, "threads": machine()["threads"], "rounds": 7, "ratio": times["before"] / times["after"], "sentence": "",
+        },
         "coverage": None, "units_reused": None, "units_total": None,
         "seconds": {"total": time.perf_counter() - begin, "stages": {}}, "peak_rss_bytes": peak_rss(),
         "tried": [], "units": [], "ledger": [], "ledger_header": None, "ledger_padding": None, "changed": [], "notes": task.notes,

@@ -35,18 +35,19 @@ from .decide import choose, fisher, option_costs
 from .measure import latency_ms, machine, peak_rss, run_batch, versions
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors, plan_record
 from .recipe import Recipe, load_recipe
-from .solve import Solving, record_of, solve, value_of
+from .solve import Solving, solve
 from .source import Source, check_finite, resolve
 from .source_base import bytes_of
 from .stream import solve_streamed
 from .tensorfile import TensorWriter, tensor_digest
-from .units import Unit, find_units
+from .units import find_units
 from .workspace import Workspace, digest, write_whole
 
 CALIBRATION_TOKENS = 16384  # positions that calibration sees; more helps little and costs time in proportion
 SENSITIVITY_TOKENS = 4096
 TRIED = (1.0, 0.85, 0.7, 0.55)  # shares of the byte ceiling at which plans are tried on the select split
-LADDER = (3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)  # ratios tried where only the drop is bounded
+LADDER = (3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)  # ratios tried where only the drop is bounded, while it holds
+RETREAT = (3.0, 2.5, 2.0, 1.5)  # and where it does not hold at the first of them
 QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
 
 Progress = Callable[[str, int, int], None]
@@ -157,6 +158,9 @@ def compress(
     )  # fmt: skip
     run = _Run(options, parse_budget(budget), progress or (lambda stage, done, total: None))
     workspace = Workspace(out, resume=resume, overwrite=overwrite)
+    if data is not None and task is not None:
+        raise BadInput("both data and a task were given: a task brings its own data, so give one of them")
+    _check_apart(workspace.out, model, data)
     run.prepare(model, data if data is not None else task, columns, example)
     return run.execute(workspace)
 
@@ -189,7 +193,8 @@ def plan(
     source = run.find_source(model, data if data is not None else task, example)
     ground = run.ground_on_meta(source)
     ceiling = check_possible(ground, run.budget)
-    decision = _by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
+    fixed = run.fixed(ground)
+    decision = fixed or _by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
     return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
 
 
@@ -212,13 +217,16 @@ class _Run:
         with self.stage("read"):
             source = self.find_source(model, data, example)
             meta = self.ground_on_meta(source)
+            streamed = self._must_stream(meta)
+            if streamed and meta.folded:  # folding needs the values of whole layers
+                meta = self._ground(source, source.skeleton())
             self.ceiling = check_possible(meta, self.budget)
+            self.fixed(meta)
             if data is not None:
                 self.task = load_task(
                     data, source, columns, self.options.seed, batch=self.options.batch, seq=self.options.seq
                 )
                 self.notes += self.task.notes
-            streamed = self._must_stream(meta)
             self.ground = meta if streamed else self.ground_in_memory(source)
             self.ground.streamed = streamed
         if self.task is not None and not streamed:
@@ -248,36 +256,35 @@ class _Run:
 
     def ground_on_meta(self, source: Source) -> Ground:
         """The model's units from shapes alone."""
-        model = source.skeleton()
-        return self._ground(source, model, [])
+        return self._ground(source, source.skeleton(), fold=self.options.recipe.fold)
 
     def ground_in_memory(self, source: Source) -> Ground:
         """The float model, checked and with batch norms folded."""
         model = source.load()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             check_finite(name, tensor)
-        folded: list[tuple[str, str]] = []
-        if self.options.recipe.fold:
-            folded = self._fold(source, model)
-        return self._ground(source, model, folded)
+        return self._ground(source, model, fold=self.options.recipe.fold)
 
-    def _fold(self, source: Source, model: nn.Module) -> list[tuple[str, str]]:
+    def _fold(self, structure: Structure, model: nn.Module) -> list[tuple[str, str]]:
         from laconic.norm import fold_batchnorm, foldable
         from laconic.pipeline.units import matches
 
-        structure = Structure.build(model, source.example())
         folded = []
         for layer, norm, reason in foldable(structure, model):
             touched = [f"{path}.weight" for path in (layer, norm)]
             if reason:
-                self.notes.append(f"{norm} was not folded: {reason}")
+                note = f"{norm} was not folded: {reason}"
+                self.notes += [note] if note not in self.notes else []
             elif not any(matches(p, name) for p in self.options.exclude for name in touched):
                 fold_batchnorm(model, layer, norm)
                 folded.append((layer, norm))
         return folded
 
-    def _ground(self, source: Source, model: nn.Module, folded: list[tuple[str, str]]) -> Ground:
+    def _ground(self, source: Source, model: nn.Module, fold: bool = False) -> Ground:
         structure = Structure.build(model, source.example())
+        folded = self._fold(structure, model) if fold else []
+        if folded:
+            structure = Structure.build(model, source.example())
         step = self.options.recipe.quantize
         bits = step.bits if step else ()
         units = find_units(model, structure, keep=self.options.keep, exclude=self.options.exclude, bits=bits)
@@ -316,7 +323,15 @@ class _Run:
 
     def execute(self, workspace: Workspace) -> Result:
         """Decide, solve, write, verify, report."""
-        workspace.open()
+        ceiling = self.ceiling if self.ceiling is not None else self.ground.source.size_before // 4
+        workspace.open(2 * ceiling)  # the records of solved units, and the file
+        try:
+            return self._execute(workspace)
+        except BadInput:
+            workspace.abandon()
+            raise
+
+    def _execute(self, workspace: Workspace) -> Result:
         ground = self.ground
         with self.stage("hash"):
             digests = self._digests()
@@ -352,10 +367,8 @@ class _Run:
         with self.stage("decide"):
             if step is None:
                 decision: dict[str, Scheme | None] = {}
-            elif step.units is not None:
-                decision = self._from_recipe(step.units)
             else:
-                decision = self._allocate()
+                decision = self.fixed(self.ground) or self._allocate()
         workspace.write_json(
             "decision.json",
             {
@@ -366,11 +379,16 @@ class _Run:
         )  # fmt: skip
         return decision, method
 
-    def _from_recipe(self, units: Mapping[str, str | None]) -> dict[str, Scheme | None]:
-        known = {u.name: u for u in self.ground.units}
+    def fixed(self, ground: Ground) -> dict[str, Scheme | None] | None:
+        """The decision that the recipe states, if it states one."""
+        step = self.options.recipe.quantize
+        units = step.units if step else None
+        if not units:
+            return None
+        known = {u.name: u for u in ground.units}
         strange = sorted(set(units) - set(known))
         if strange:
-            raise BadInput(f"the recipe names {strange[0]!r}, which {self.ground.source.name} does not have")
+            raise BadInput(f"the recipe names {strange[0]!r}, which {ground.source.name} does not have")
         return {n: Scheme.parse(s) if s and known[n].options else None for n, s in units.items()}
 
     def _allocate(self) -> dict[str, Scheme | None]:
@@ -399,14 +417,11 @@ class _Run:
         start = time.perf_counter()
         self.select_before = self.task.evaluate(ground.model, "select")
         once = time.perf_counter() - start
-        if self.ceiling is not None:
-            ceilings = [int(self.ceiling * share) for share in TRIED[: len(TRIED) if once < QUICK else 1]]
-        else:
-            ceilings = [int(ground.source.size_before / ratio) for ratio in LADDER]
-        chosen: dict[str, Scheme | None] | None = None
         original = {u.name: ground.model.get_parameter(u.name).detach().clone() for u in ground.packable}
-        for number, ceiling in enumerate(c for c in ceilings if c >= least):
-            self.progress("try", number, len(ceilings))
+
+        def attempt(ceiling: int) -> tuple[dict[str, Scheme | None], bool]:
+            """The cheapest plan under a ceiling, and whether its drop is allowed."""
+            self.progress("try", len(self.tried), len(TRIED) if self.ceiling is not None else len(LADDER))
             decision = _fit(ground, costs, ceiling)
             self._round(decision, original)
             found = compare_evaluations(
@@ -414,15 +429,15 @@ class _Run:
             )
             size = ground.layout(decision).total_bytes
             self._tried(f"rounded, {ground.source.size_before / size:.2f}x", size, found, "select")
-            if self.ceiling is not None:
-                chosen = chosen or decision
-            elif chosen is None or found.drop <= (self.budget.drop or 0.0):
-                chosen = decision
-            else:
-                break
+            return decision, found.drop <= (self.budget.drop or 0.0)
+
+        if self.ceiling is not None:
+            ceilings = [int(self.ceiling * share) for share in TRIED[: len(TRIED) if once < QUICK else 1]]
+            chosen = [attempt(ceiling)[0] for ceiling in ceilings if ceiling >= least][0]
+        else:
+            up, down = ([int(ground.source.size_before / r) for r in ratios] for ratios in (LADDER, RETREAT))
+            chosen = _smallest(attempt, [c for c in up if c >= least], [c for c in down if c >= least] or [least])
         self._restore(original)
-        if chosen is None:
-            raise Impossible(f"no size at all fits: the least file has {least:,} bytes")
         return chosen
 
     def _round(self, decision: Mapping[str, Scheme | None], original: dict[str, Tensor]) -> None:
@@ -512,7 +527,7 @@ class _Run:
                 if record is None:
                     writer.write(unit.name, self._float(unit.name))
                     continue
-                tensors = record.tensors or workspace.load(record.data["key"]) or {}
+                tensors = record.tensors or workspace.read(record.data["key"]) or {}
                 for suffix, name in storage_names(unit.name, record.spec).items():
                     writer.write(name, tensors[suffix])
             for name in ground.others:
@@ -718,6 +733,23 @@ def _fit(ground: Ground, costs: dict[str, list[float]], ceiling: int) -> dict[st
     return {u.name: u.options[-1] for u in ground.packable}
 
 
+def _smallest(attempt: Callable[[int], tuple[Any, bool]], up: Sequence[int], down: Sequence[int]) -> Any:
+    """The last plan that holds while ceilings fall along `up`; else the first that holds as they rise along `down`."""
+    best = None
+    for ceiling in up:
+        found, holds = attempt(ceiling)
+        if not holds:
+            break
+        best = found
+    if best is not None:
+        return best
+    for ceiling in down:
+        found, holds = attempt(ceiling)
+        if holds:
+            break
+    return found
+
+
 def _by_shape(ground: Ground, ceiling: int) -> dict[str, Scheme | None]:
     """A decision from shapes alone: every halving of a weight's step counts four times, every weight alike."""
     costs = {u.name: [u.numel * 4.0**-s.bits for s in u.options] for u in ground.packable}
@@ -760,6 +792,15 @@ def load_task_model(name: str) -> str | None:
 
 def _ram(value: str | int | None) -> int | None:
     return parse_bytes(value, "--max-ram") if isinstance(value, str) else value
+
+
+def _check_apart(out: Path, model: Any, data: Any) -> None:
+    """What is read is not what is replaced in the end."""
+    for what in (model, data):
+        if isinstance(what, (str, os.PathLike)) and Path(what).exists() and out.exists():
+            given, target = Path(what).resolve(), out.resolve()
+            if target == given or target in given.parents:
+                raise BadInput(f"{out} holds {what}, which is read: name another folder for the output")
 
 
 def _check_device(device: str) -> None:

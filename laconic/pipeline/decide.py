@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from laconic.core.allocate import allocate
 from laconic.nn import matrix_view
-from laconic.numerics import ScaleOutOfRange, Scheme, dequantize, affine_params, quantize
+from laconic.numerics import ScaleOutOfRange, Scheme, affine_params, dequantize, quantize
 
 from .units import Unit
 
@@ -29,7 +29,12 @@ SAMPLE = 1 << 20  # elements of a unit whose rounding error is measured; larger 
 
 
 def fisher(
-    model: nn.Module, task: Any, batches: Sequence[Any], units: Sequence[Unit], seed: int, progress: Progress | None = None
+    model: nn.Module,
+    task: Any,
+    batches: Sequence[Any],
+    units: Sequence[Unit],
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """F of every unit that can be packed, float32 in the parameter's shape."""
     wanted = {u.name: model.get_parameter(u.name) for u in units if u.options}
@@ -67,7 +72,10 @@ def _probe(output: Tensor, task: Any, generator: torch.Generator) -> Tensor:
 
 
 def option_costs(
-    read: Callable[[str], Tensor], weights: dict[str, Tensor] | None, units: Sequence[Unit], progress: Progress | None = None
+    read: Callable[[str], Tensor],
+    weights: dict[str, Tensor] | None,
+    units: Sequence[Unit],
+    progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Cost of every option of every unit (same order as `unit.options`).
 

@@ -1,9 +1,9 @@
-"""Artifacts through transformers: `AutoModel.from_pretrained(folder)` gives what `laconic.load(folder)` gives.
+"""Artifacts through transformers: `AutoModel.from_pretrained(folder)` equals `laconic.load(folder)`.
 
-Importing this module registers the quantizer; `laconic._hooks` does so as soon as transformers is there. The records
-come from `config.json` (`quantization_config.records`), so config and weights alone make a loadable folder, also after
-`save_pretrained`. transformers itself would leave what it does not find at random values; here a record that fits no
-module of the class, and a tensor that the file lacks, are errors.
+Importing this module registers the quantizer; `laconic._hooks` does so as soon as transformers is there. The
+records come from `config.json` (`quantization_config.records`), so config and weights alone make a loadable
+folder, also after `save_pretrained`. transformers itself would leave what it does not find at random values;
+here a record that fits no module of the class, and a tensor that the file lacks, are errors.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from laconic.core.record import FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
-from laconic.pipeline.artifact import METHOD, VERSION, quantization_config, records_from_json
+from laconic.pipeline.artifact import METHOD, VERSION, check_filled, quantization_config, records_from_json
+from laconic.pipeline.source_weights import few
 from laconic.pipeline.tensorfile import TensorReader
 
 __all__ = [
-    "LaconicConfig", "LaconicQuantizer", "attach", "check_filled", "fit_records", "mark_filled", "settle_ties",
+    "LaconicConfig", "LaconicQuantizer", "attach", "fit_records", "mark_filled", "settle_ties",
 ]  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class LaconicConfig(QuantizationConfigMixin):
 
 
 class LaconicQuantizer(HfQuantizer):
-    """Turns the modules of a model on meta into packed ones, so that transformers fills them from the file."""
+    """Packs the modules of a model on meta, so that transformers fills them from the file."""
 
     quantization_config: LaconicConfig
 
@@ -62,9 +63,14 @@ class LaconicQuantizer(HfQuantizer):
             raise BadInput("from_pretrained does not compress: run laconic compress, and load the folder it writes")
         if self.quantization_config.version != VERSION:
             raise BadInput(
-                f"config.json has version {self.quantization_config.version!r} of laconic's format and this laconic "
-                f"reads version {VERSION}: update laconic"
+                f"config.json has version {self.quantization_config.version!r} of laconic's format and this "
+                f"laconic reads version {VERSION}: update laconic"
             )
+
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        """Pack the skeleton; `dtype` is what the model will compute in."""
+        self._dtype = dtype  # which the method below is not told
+        super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         records = records_from_json(self.quantization_config.records, "config.json")
@@ -72,14 +78,12 @@ class LaconicQuantizer(HfQuantizer):
         self._fitted = fit_records(model, records)
         apply_records(model, self._fitted)
         settle_ties(model)
-        _set_kept_dtypes(model, kwargs.get("dtype"))
+        _set_kept_dtypes(model, self._dtype)
         mark_filled(model)
         # Alignment bytes of the file, which are no one's tensors.
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, r"^__pad_\d+$"}
-        self._kept = {
-            name for path, spec in packed_specs(model).items() for name in storage_names(path, spec).values()
-        }
+        self._kept = {name for path, spec in packed_specs(model).items() for name in storage_names(path, spec).values()}
         if kwargs.get("checkpoint_files"):
             stored = [r.path for r in records if r.action == PACK]
             _check_stored(model, stored, [Path(file) for file in kwargs["checkpoint_files"]])
@@ -115,7 +119,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
 
 
 def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None = None) -> None:
-    """Give a loaded model what transformers expects on a quantized one, with the records as this class has them.
+    """Give a model what transformers expects on a quantized one, with the records as its class has them.
 
     Args:
         model: a transformers model with packed modules.
@@ -147,30 +151,24 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
     """
     fitted = []
     for record in records:
-        path = _fitted(model, record.path)
+        packs = record.action == PACK
+        path = _fitted(model, record.path, packs)
         data = dict(record.data)
-        if record.action == FOLD:
-            norm = _fitted(model, data["norm"], parameter=False)
-            path = _fitted(model, record.path, parameter=False)
-            if path is None or norm is None:
-                continue
-            data["norm"] = norm
-        else:
-            aliases = [found for alias in data.get("aliases", ()) if (found := _fitted(model, alias)) is not None]
-            if path is None and aliases:
-                raise BadInput(
-                    f"{type(model).__name__} has {aliases[0]}, whose values are stored as {record.path}, which it "
-                    "lacks: load the folder with the class that its config.json names"
-                )
-            if path is None:
-                continue
-            data["aliases"] = aliases
-        fitted.append(Record(record.action, path, data))
+        others = data.get("aliases", ()) if packs else (data["norm"],)
+        found = [name for other in others if (name := _fitted(model, other, packs)) is not None]
+        if path is None and found:
+            raise BadInput(
+                f"{type(model).__name__} has {found[0]}, which goes with {record.path}, and lacks that: load "
+                "the folder with the class that its config.json names"
+            )
+        if path is not None:
+            data.update({"aliases": found} if packs else {"norm": found[0]})
+            fitted.append(Record(record.action, path, data))
     return fitted
 
 
-def _fitted(model: Any, path: str, parameter: bool = True) -> str | None:
-    """`path` as `model` has it; None if it belongs to a head that `model` lacks."""
+def _fitted(model: Any, path: str, parameter: bool) -> str | None:
+    """The path of a parameter, or else a module, as `model` has it; None if `model` lacks the head it is in."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     inner = path.removeprefix(prefix)
     for candidate in dict.fromkeys((path, inner, prefix + path)):
@@ -181,7 +179,7 @@ def _fitted(model: Any, path: str, parameter: bool = True) -> str | None:
     # A head, and a part that this class does without (a pooler), is no child of the base model here.
     if base._modules.get(inner.partition(".")[0]) is not None:
         raise BadInput(
-            f"config.json records that {path} was packed, and {type(model).__name__} has no such parameter: the "
+            f"config.json records that {path} was changed, and {type(model).__name__} has no such part: the "
             "config does not belong to these weights, or the class is another"
         )
     return None
@@ -199,8 +197,8 @@ def _has(model: nn.Module, path: str, parameter: bool) -> bool:
 def settle_ties(model: Any) -> None:
     """Take packed parameters out of transformers' table of ties: their aliases hold no tensors to be tied.
 
-    A parameter that this class ties to a packed one, and the records do not know (a head on top of a packed base
-    model), becomes an alias as well.
+    A parameter that this class ties to a packed one, and the records do not know (a head on top of a packed
+    base model), becomes an alias as well.
     """
     ties = model.all_tied_weights_keys
     again = True
@@ -219,7 +217,7 @@ def settle_ties(model: Any) -> None:
 
 
 def _packed_owner(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
-    """The module and attribute that hold the packed tensors behind a parameter's path, None if it is a float."""
+    """The module and attribute that hold the tensors behind a packed parameter; None for a float one."""
     owner, _, name = path.rpartition(".")
     module: Any = model.get_submodule(owner)
     if not is_packed(module) or name not in module._packed:
@@ -243,7 +241,7 @@ def _pack_records(model: nn.Module) -> list[Record]:
 
 
 def _set_kept_dtypes(model: Any, dtype: torch.dtype | None) -> None:
-    """Compute type of packed parameters in parts that transformers keeps in float32 in half-precision models."""
+    """Compute type of packed parameters in parts that transformers keeps in float32, whatever the model's."""
     from transformers.core_model_loading import build_glob_alternation
 
     kept = model._get_dtype_plan(dtype) if dtype is not None else {}
@@ -258,7 +256,7 @@ def _set_kept_dtypes(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def mark_filled(model: nn.Module) -> None:
-    """Keep transformers from initialising packed weights: it would dequantize each one and write into the copy.
+    """Keep transformers from initialising packed weights: it would dequantize each, and fill the copy.
 
     A module with a buffer that no file holds (an embedding's factor) is still initialised.
     """
@@ -267,11 +265,13 @@ def mark_filled(model: nn.Module) -> None:
             module._is_hf_initialized = True
 
 
-# --- nothing is left at random values ---------------------------------------------------------------------------
+# --- nothing is left at random values -----------------------------------------------------------------------
 
 
 def _check_stored(model: Any, stored: Iterable[str], files: list[Path]) -> None:
     """Whether the weight files hold every tensor of every packed parameter, as the spec says.
+
+    The class that was saved has to find all others as well; another one may bring a head of its own.
 
     Raises:
         BadInput: naming the first that is missing or different.
@@ -289,22 +289,15 @@ def _check_stored(model: Any, stored: Iterable[str], files: list[Path]) -> None:
             if specs.get(name) != expected:
                 found = f"{specs[name][0]} of shape {specs[name][1]}" if name in specs else "nothing"
                 raise BadInput(
-                    f"{files[0].name} holds {found} as {name}, where config.json records {expected[0]} of shape "
-                    f"{expected[1]}: the folder is damaged or was changed, copy it again"
+                    f"{files[0].name} holds {found} as {name}, where config.json records {expected[0]} of "
+                    f"shape {expected[1]}: the folder is damaged or was changed, copy it again"
                 )
-
-
-def check_filled(model: nn.Module) -> None:
-    """Compare the shape stored beside each packed parameter with the record's, which tells lost values as well.
-
-    Raises:
-        BadInput: naming the first parameter that differs.
-    """
-    for path, spec in packed_specs(model).items():
-        owner, _, name = path.rpartition(".")
-        shape = model.get_submodule(owner).packed_tensor(name, "shape")
-        if shape is None or shape.is_meta or tuple(shape.tolist()) != spec.shape:
-            raise BadInput(
-                f"{path} was recorded with shape {spec.shape} and its stored shape differs: the weights were not "
-                "loaded, or belong to another model"
-            )
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    ties = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    lacking = [name for name in model.state_dict() if name not in specs and name not in ties]
+    if lacking:
+        raise BadInput(
+            f"{files[0].name} lacks {few(lacking)} of {type(model).__name__}: the folder is damaged or was "
+            "changed, copy it again"
+        )

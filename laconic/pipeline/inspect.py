@@ -15,7 +15,14 @@ from .source import resolve
 from .units import find_units
 
 
-def inspect(model: Any, *, task: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False, example: Any = None) -> dict[str, Any]:
+def inspect(
+    model: Any,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    example: Any = None,
+) -> dict[str, Any]:
     """Per parameter: bytes, multiply-adds and milliseconds of its module on the example inputs, and outliers.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import nn
 from laconic.core.record import PACK, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
-from laconic.pipeline.artifact import CONFIG, MANIFEST, SINGLE, Manifest, read_json, read_manifest
+from laconic.pipeline.artifact import CONFIG, Manifest, check_filled, read_json, read_manifest
 from laconic.pipeline.source_base import all_tensors, first_line, put, stored_names, tensor_owners
 from laconic.pipeline.source_weights import few
-from laconic.pipeline.tensorfile import TensorReader
+from laconic.pipeline.tensorfile import SINGLE, TensorReader
 
 __all__ = ["load"]
 
@@ -44,11 +43,11 @@ def load(
 
     Args:
         folder: what `laconic compress` wrote.
-        into: a float model of the same structure (on meta, or with any values); becomes the packed one in place and
-            is returned. Needed for models that are neither transformers' nor laconic's.
+        into: a float model of the same structure (on meta, or with any values); it becomes the packed one, in
+            place, and is returned. Needed for models that are neither transformers' nor laconic's.
         device: where the tensors go.
-        dtype: computes and keeps unpacked floats in this type instead of the model's own; packed weights and their
-            scales stay as they are.
+        dtype: computes and keeps unpacked floats in this type instead of the model's own; packed weights and
+            their scales stay as they are.
         verify: compare the SHA-256 of every file with the one recorded.
         trust_remote_code: run the code that came with the checkpoint, where its architecture needs it.
 
@@ -65,7 +64,7 @@ def load(
         else:
             model = _into(_own_model(manifest), manifest, dtype)
         _fill(model, reader, manifest, device, cast=dtype is not None)
-    _check_shapes(model, manifest)
+    check_filled(model)
     if _is_transformers(model):
         from laconic.pipeline.hf import attach
 
@@ -84,7 +83,7 @@ def _present(device: str | torch.device) -> torch.device:
     return found
 
 
-# --- skeletons ------------------------------------------------------------------------------------------------------
+# --- skeletons ----------------------------------------------------------------------------------------------
 
 
 def _into(model: nn.Module, manifest: Manifest, dtype: torch.dtype | None) -> nn.Module:
@@ -113,8 +112,8 @@ def _check_compute_dtypes(model: nn.Module, manifest: Manifest, dtype: torch.dty
         has = str(tensors[record.path].dtype).removeprefix("torch.")
         if has != said:
             raise BadInput(
-                f"{record.path} was {said} in the model that was compressed and is {has} in the one given: convert "
-                f"it first, or pass dtype=torch.{has} if {has} is meant"
+                f"{record.path} was {said} in the model that was compressed and is {has} in the one given: "
+                f"convert it first, or pass dtype=torch.{has} if {has} is meant"
             )
 
 
@@ -128,10 +127,12 @@ def _own_model(manifest: Manifest) -> nn.Module:
             found = getattr(importlib.import_module(match[1]), match[2], None)
         except ImportError:
             found = None
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("laconic.")):
+    if not (
+        isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("laconic.")
+    ):
         raise BadInput(
-            f"{manifest.folder} holds a {name}, which laconic cannot build by itself: build the float model as ever "
-            "and pass it as laconic.load(folder, into=model)"
+            f"{manifest.folder} holds a {name}, which laconic cannot build by itself: build the float model "
+            "as ever and pass it as laconic.load(folder, into=model)"
         )
     try:
         return found()
@@ -172,10 +173,12 @@ def _transformers_model(manifest: Manifest, dtype: torch.dtype | None, trust_rem
     return model
 
 
-# --- values -----------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
-def _fill(model: nn.Module, reader: TensorReader, manifest: Manifest, device: torch.device, cast: bool) -> None:
+def _fill(
+    model: nn.Module, reader: TensorReader, manifest: Manifest, device: torch.device, cast: bool
+) -> None:
     """Give every parameter and persistent buffer its value from the file; all of both must be used.
 
     Raises:
@@ -199,21 +202,21 @@ def _fill(model: nn.Module, reader: TensorReader, manifest: Manifest, device: to
         dtype, shape = reader.spec(name)
         if shape != tuple(old.shape):
             raise BadInput(
-                f"{name} has shape {shape} in {manifest.folder / SINGLE} and {tuple(old.shape)} in the model: they "
-                "do not belong together"
+                f"{name} has shape {shape} in {manifest.folder / SINGLE} and {tuple(old.shape)} in the "
+                "model: they do not belong together"
             )
         castable = name not in fixed and dtype.is_floating_point and old.is_floating_point()
         if dtype != old.dtype and not (castable and (cast or _is_transformers(model))):
             raise BadInput(
-                f"{name} is {dtype} in {manifest.folder / SINGLE} and {old.dtype} in the model: convert the model "
-                "first (model.to(...)), or pass dtype="
+                f"{name} is {dtype} in {manifest.folder / SINGLE} and {old.dtype} in the model: convert the "
+                "model first (model.to(...)), or pass dtype="
             )
         put(owners, old, reader.read(name).to(device=device, dtype=old.dtype))
     meta = [name for name, tensor in all_tensors(model).items() if tensor.is_meta]
     if meta:
         raise BadInput(
-            f"{few(meta)} of {type(model).__name__} are on meta and no file holds them: build the model that you "
-            "pass as into= on the CPU"
+            f"{few(meta)} of {type(model).__name__} are on meta and no file holds them: build the model "
+            "that you pass as into= on the CPU"
         )
 
 
@@ -222,17 +225,5 @@ def _packed_names(model: nn.Module) -> set[str]:
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """A `PreTrainedModel`: its skeleton knows which parts stay in float32, so casting is what `from_pretrained` does."""
+    """A `PreTrainedModel`: its skeleton knows which parts stay in float32, so values are cast to it."""
     return hasattr(model, "_get_dtype_plan")
-
-
-def _check_shapes(model: nn.Module, manifest: Manifest) -> None:
-    """The shape stored beside each packed parameter must be the record's."""
-    for path, spec in packed_specs(model).items():
-        owner, _, name = path.rpartition(".")
-        stored: Any = model.get_submodule(owner)
-        if tuple(stored.packed_tensor(name, "shape").tolist()) != spec.shape:
-            raise BadInput(
-                f"{manifest.folder / SINGLE} stores another shape for {path} than {MANIFEST} records: one of them was "
-                "changed, copy both again"
-            )

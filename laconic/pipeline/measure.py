@@ -63,9 +63,9 @@ def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    import laconic
+    from laconic import __version__
 
-    found = {"laconic": laconic.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"laconic": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "safetensors", "numpy", "scipy"):
         try:
             found[package] = version(package)

@@ -110,7 +110,9 @@ def peak_estimate(ground: Ground, data: bool) -> int:
     return RUNTIME + floats * (3 if data else 2) + 4 * largest
 
 
-def plan_record(ground: Ground, budget: Budget, ceiling: int | None, decision: Mapping[str, Scheme | None], tokens: int) -> dict[str, Any]:
+def plan_record(
+    ground: Ground, budget: Budget, ceiling: int | None, decision: Mapping[str, Scheme | None], tokens: int
+) -> dict[str, Any]:
     """The plan as data, for tables and JSON."""
     layout = ground.layout(decision)
     macs = sum(u.numel * max(1, u.calls) for u in ground.packable if u.op in ("linear", "conv", "experts"))

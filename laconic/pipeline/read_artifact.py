@@ -6,9 +6,10 @@
     from read import Artifact
     weight = Artifact(".").weight("encoder.layer.0.output.dense.weight")
 
-A packed parameter P is stored as `P_packed` (unsigned codes q of b bits, one LSB-first bit stream per row of its
-matrix, in little-endian 32-bit words), `P_scale` (s: one a row and group of columns, or one for all), and perhaps
-`P_zero_point` (integers z, packed likewise but down the columns) or `P_zero` (real z). Then, in float32,
+A packed parameter P is stored as `P_packed` (unsigned codes q of b bits, one LSB-first bit stream per row of
+its matrix, in little-endian 32-bit words), `P_scale` (s: one a row and group of columns, or one for all), and
+perhaps `P_zero_point` (integers z, packed likewise but down the columns) or `P_zero` (real z). Then, in
+float32,
 
     w = s * (q - z)        z = 2^(b-1) where nothing is stored
 
@@ -94,7 +95,9 @@ class Scheme:
     def __init__(self, text):
         parts = text.split("/")
         if len(parts) != 7 or parts[0] != "v1" or not parts[1].startswith("int"):
-            raise ValueError(f"the scheme {text!r} is newer than this reader: take the one of the newer laconic")
+            raise ValueError(
+                f"the scheme {text!r} is newer than this reader: take the one of the newer laconic"
+            )
         self.bits = int(parts[1][3:])
         self.group = int(parts[2][5:]) if parts[2].startswith("group") else None
         self.zero = parts[5][1:]
@@ -109,7 +112,9 @@ class Scheme:
 def unpack(words, bits, k):
     """Codes (rows, k) uint8 of words (rows, ceil(k * bits / 32))."""
     stream = np.ascontiguousarray(words).view(np.uint8).reshape(words.shape[0], -1)
-    stream = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # the last code may look at a byte behind the end
+    stream = np.pad(stream, ((0, 0), (0, 1))).astype(
+        np.uint16
+    )  # the last code may look at a byte behind the end
     start = np.arange(k) * bits
     byte, shift = start // 8, (start % 8).astype(np.uint16)
     pairs = stream[:, byte] | (stream[:, byte + 1] << np.uint16(8))
@@ -117,7 +122,7 @@ def unpack(words, bits, k):
 
 
 def matrix_shape(shape, view):
-    """(rows, k): `rows` flattens all but the first dimension, `last` all but the last, `transposed` swaps two."""
+    """(rows, k): `rows` flattens all but the first dimension, `last` all but the last one."""
     total = int(np.prod(shape))
     if view == "transposed":
         return shape[1], shape[0]
@@ -140,10 +145,16 @@ def main(arguments):
         return 0
     for name in arguments:
         if name not in artifact.names():
-            print(f"there is no weight {name!r} here: run read.py without arguments for a list", file=sys.stderr)
+            print(
+                f"there is no weight {name!r} here: run read.py without arguments for a list", file=sys.stderr
+            )
             return 2
         w = artifact.weight(name)
-        said = f"mean {w.mean():.6g}, std {w.std():.6g}, min {w.min():.6g}, max {w.max():.6g}" if w.size else "empty"
+        said = (
+            f"mean {w.mean():.6g}, std {w.std():.6g}, min {w.min():.6g}, max {w.max():.6g}"
+            if w.size
+            else "empty"
+        )
         print(f"{name}  {w.shape}  {said}")
     return 0
 

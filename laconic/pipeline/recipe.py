@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -50,12 +50,15 @@ class Quantize(BaseModel):
         return units
 
 
+Pass = Annotated[FoldBatchNorm | Quantize, Field(discriminator="action")]
+
+
 class Recipe(BaseModel):
     """Passes in order."""
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
-    passes: list[FoldBatchNorm | Quantize] = [FoldBatchNorm(), Quantize()]
+    passes: list[Pass] = [FoldBatchNorm(), Quantize()]
 
     @field_validator("passes")
     @classmethod
@@ -66,7 +69,9 @@ class Recipe(BaseModel):
             if step.action in names:
                 raise ValueError(f"{step.action} stands twice")
             if place < last:
-                raise ValueError(f"{step.action} ({stage}) stands after {names[-1]}: folding needs float weights, so it comes first")
+                raise ValueError(
+                    f"{step.action} ({stage}) stands after {names[-1]}: folding needs float weights, so it comes first"
+                )
             last = place
             names.append(step.action)
         return passes
@@ -106,6 +111,8 @@ def load_recipe(recipe: Recipe | str | os.PathLike[str] | None) -> Recipe:
         return Recipe.model_validate(data)
     except OSError as error:
         raise BadInput(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"the recipe {path} is no text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise BadInput(f"the recipe {path} is no YAML: {str(error).splitlines()[0]}") from error
     except ValidationError as error:

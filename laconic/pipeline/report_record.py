@@ -137,7 +137,7 @@ def _notes(run: _Run) -> list[str]:
     if run.task is None:
         notes.append("no data was given: only data-free methods were used, and no quality is claimed")
     if native.load() is None:
-        notes.append(f"native kernels are missing ({native.status().get('reason') or 'not built'}): packed layers run slower")
+        notes.append(f"native kernels are missing ({native.status()['why'] or 'not built'}): packed layers run slower")
     return notes
 
 

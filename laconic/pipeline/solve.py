@@ -22,13 +22,16 @@ from laconic.core.record import PACK, Record, owner_of
 from laconic.core.structure import Structure
 from laconic.nn import matrix_view, pack_tensors, restore_view
 from laconic.numerics import Scheme, dequantize
-from laconic.quant import Hessian, gptq_matrix, round_to_nearest, tune_scales
+from laconic.quant import Hessian, gptq_matrix, round_to_nearest, tune, tune_scales
 
 from .units import Unit
 from .workspace import Workspace, digest
 
 Progress = Callable[[int, int, str], None]
 RERUN_STAGES = 12  # at most this many runs from the start for layers outside the chain
+COARSE_BITS = (
+    3  # from here down, scales are searched by squared error and codes refined once more: worth its time only here
+)
 GPTQ_BITS = 7  # at 8 bits rounding errors are lost in the noise of everything else
 
 
@@ -147,14 +150,20 @@ def value_of(record: Record) -> Tensor:
     return restore_view(dequantize_rows(t["packed"], t["scale"], zero, spec.scheme, spec.matrix[1]), spec)
 
 
-def _with_hessian(unit: Unit, scheme: Scheme, weight: Tensor, hessian: Hessian) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """GPTQ, then least-squares scales for the codes that it chose."""
+def _with_hessian(
+    unit: Unit, scheme: Scheme, weight: Tensor, hessian: Hessian
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """GPTQ, then repair: least-squares scales for the codes that it chose, and at few bits the codes once more."""
     W, H = matrix_view(weight.detach(), unit.view).float(), hessian.matrix
-    grouped = scheme.scale.granularity == "group"
-    search = scheme.with_(rule="mse") if scheme.bits <= 3 else scheme
-    solved = gptq_matrix(W, H, search, act_order=True, static_groups=grouped, name=unit.name)
+    coarse = scheme.bits <= COARSE_BITS
+    search = scheme.with_(rule="mse") if coarse else scheme
+    ordered = not coarse and scheme.scale.granularity == "group"
+    solved = gptq_matrix(W, H, search, act_order=ordered, static_groups=ordered, name=unit.name)
     scale = solved.scale
-    if H.dim() == 2:
+    if H.dim() == 2 and coarse:
+        solved = tune(W, H, solved, scheme)
+        scale = solved.scale
+    elif H.dim() == 2:
         scale = tune_scales(W, H, solved.codes, scale, solved.zero, scheme).scale
     tensors = pack_tensors(unit.spec(scheme), solved.codes, scale, solved.zero)
     error = dequantize(solved.codes, scale, solved.zero, scheme).sub_(W)
@@ -163,10 +172,8 @@ def _with_hessian(unit: Unit, scheme: Scheme, weight: Tensor, hessian: Hessian) 
 
 def _relative(error: Tensor, W: Tensor, H: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T): share of the output's energy that is error."""
-    if H.dim() == 3:
-        pairs = list(zip(error.chunk(H.shape[0]), W.chunk(H.shape[0]), H, strict=True))
-    else:
-        pairs = [(error, W, H)]
+    grouped = H.dim() == 3  # a grouped convolution: one Hessian per group of rows
+    pairs = list(zip(error.chunk(len(H)), W.chunk(len(H)), H, strict=True)) if grouped else [(error, W, H)]
     above = sum(float((e @ h * e).sum()) for e, _, h in pairs)
     below = sum(float((w @ h * w).sum()) for _, w, h in pairs)
     return above / below if below > 0 else 0.0
@@ -225,7 +232,9 @@ class _Collector:
 
     def __enter__(self) -> _Collector:
         self._handles = [
-            m.register_forward_pre_hook(lambda mod, args, kwargs, path=path: self._add(path, mod, args, kwargs), with_kwargs=True)
+            m.register_forward_pre_hook(
+                lambda mod, args, kwargs, path=path: self._add(path, mod, args, kwargs), with_kwargs=True
+            )
             for path, m in self.modules.items()
         ]
         return self

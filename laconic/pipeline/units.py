@@ -69,7 +69,12 @@ class Unit:
 
 
 def find_units(
-    model: nn.Module, structure: Structure, *, keep: Sequence[str] = (), exclude: Sequence[str] = (), bits: Sequence[int] = BITS
+    model: nn.Module,
+    structure: Structure,
+    *,
+    keep: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    bits: Sequence[int] = BITS,
 ) -> list[Unit]:
     """Every parameter as a unit, in the model's order.
 

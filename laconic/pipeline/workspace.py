@@ -46,12 +46,20 @@ class Workspace:
             raise BadInput(f"{self.out} exists; name another folder or pass --overwrite")
         if self.out.exists() and not self.out.is_dir():
             raise BadInput(f"{self.out} is a file; the output is a folder")
+        if self.out.exists() and any(self.out.iterdir()) and not (self.out / "laconic.json").exists():
+            raise BadInput(f"{self.out} is not an artifact of laconic, so it is not overwritten; name another folder")
         self._resume = resume
         self.records = self.partial / "records"
         self.reused = 0
 
-    def open(self) -> None:
-        """Make the folder: from here on something is on disk."""
+    def open(self, need: int = 0) -> None:
+        """Make the folder, on a disk with room for `need` bytes: from here on something is on disk."""
+        there = next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if free < need:
+            raise BadInput(
+                f"{self.out} needs about {need:,} bytes while work goes on, and {free:,} are free: make room"
+            )
         try:
             if self.partial.exists() and not self._resume:
                 shutil.rmtree(self.partial)
@@ -72,22 +80,31 @@ class Workspace:
         write_whole(self.partial / name, text.encode())
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors solved under a key, or None."""
+        """The tensors that an earlier run solved under a key, or None; they count as reused."""
+        found = self.read(key)
+        self.reused += found is not None
+        return found
+
+    def read(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors kept under a key, or None."""
         path = self.records / f"{key}.safetensors"
         if not path.exists():
             return None
         try:
-            found = load(path.read_bytes())
+            return load(path.read_bytes())
         except Exception:  # noqa: BLE001 - safetensors raises its own type; a torn record is solved again
             path.unlink()
             return None
-        self.reused += 1
-        return found
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep the tensors of a solved unit."""
         write_whole(self.records / f"{key}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
         failpoint("unit")
+
+    def abandon(self) -> None:
+        """Remove the folder if no unit was solved in it: there is nothing to resume."""
+        if not any(self.records.glob("*.safetensors")):
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self) -> Path:
         """Give the complete folder its final name."""

@@ -242,46 +242,44 @@ def inverse_factor(
     order = torch.argsort(diagonal, descending=True) if act_order else None
     mean = float(diagonal.double().mean()) if diagonal.numel() else 1.0
     used = damp
+    # With J reversing the axes and J H J = L L^T:  H = (J L J)(J L J)^T, so U = (J L J)^-1 = J L^-1 J.
+    backwards = None if order is None else order.flip(0)
     while True:
         for dtype in (torch.float32, torch.float64):
-            clean = H.to(dtype, copy=True)
-            clean.diagonal().copy_(diagonal + used * mean)
-            if order is not None:
-                clean = clean[order][:, order]
-            # With J reversing the axes and J H J = L L^T:  H = (J L J)(J L J)^T, so U = (J L J)^-1 = J L^-1
-            # J.
-            clean = clean.flip(0, 1)
-            lower, failed = torch.linalg.cholesky_ex(clean)
-            del clean  # K may be large: at most four (K, K) matrices live at a time, H among them
+            # K may be large: besides H two (K, K) matrices live at a time, this copy and U.
+            turned = H.flip(0, 1) if backwards is None else H[backwards[:, None], backwards]
+            turned = turned.to(dtype)
+            damped = diagonal + used * mean
+            turned.diagonal().copy_(damped.flip(0) if backwards is None else damped[backwards])
+            failed = torch.empty((), dtype=torch.int32, device=H.device)
+            torch.linalg.cholesky_ex(turned, out=(turned, failed))
             if int(failed):
                 continue
-            upper = _lower_inverse(lower).flip(0, 1)
-            del lower
+            _invert_lower_(turned)
+            upper = turned.flip(0, 1)
+            del turned
             diag = upper.diagonal().clone()
             unit = upper.div_(diag[:, None]).float()
             if bool(torch.isfinite(unit.sum())) and bool((diag > 0).all()):
                 return Factor(unit, diag.float(), unseen, order, used)
         used = max(10 * used, 1e-4)
         if used > MAX_DAMP:
-            raise ValueError(
-                f"{name}: its Hessian is not positive semidefinite, even with damping {used / 10:g}"
-            )
+            damping = f"even with damping {used / 10:g}"
+            raise ValueError(f"{name}: its Hessian is not positive semidefinite, {damping}")
 
 
-def _lower_inverse(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix by halves: a third of the work of solving for the identity."""
+def _invert_lower_(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: a third of the work of solving for I."""
     k = lower.shape[0]
     if k <= 256:
-        return torch.linalg.solve_triangular(
-            lower, torch.eye(k, dtype=lower.dtype, device=lower.device), upper=False
-        )
+        eye = torch.eye(k, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
     half = k // 2
-    out = torch.zeros_like(lower)
-    first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
-    out[:half, :half] = first
-    out[half:, half:] = last
-    out[half:, :half] = last @ (lower[half:, :half] @ first).neg_()
-    return out
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower_(first)
+    _invert_lower_(last)
+    below.copy_(last @ (below @ first).neg_())
 
 
 # --- the columns -------------------------------------------------------------------------------------

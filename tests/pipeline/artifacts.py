@@ -59,7 +59,9 @@ def write_artifact(folder: Path, source: Source, records: list[Record]) -> Path:
     with TensorWriter(folder / "model.safetensors", specs, {"format": "pt"}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-    write_artifact_files(folder, source=source, records=records, recipe_text="version: 1\n", versions={"laconic": "0"})
+    write_artifact_files(
+        folder, source=source, records=records, recipe_text="version: 1\n", versions={"laconic": "0"}
+    )
     return folder
 
 

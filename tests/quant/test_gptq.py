@@ -196,6 +196,20 @@ def test_against_the_textbook_loop() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [5, 257, 600])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_factor_is_that_of_the_inverse(k: int, act_order: bool) -> None:
+    H = hessian_of(correlated(2 * k, k))
+    factor = inverse_factor(H, act_order=act_order)
+    upper = factor.unit.triu().double() * factor.diag.double()[:, None]
+    damped = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(k)
+    order = torch.arange(k) if factor.order is None else factor.order
+    product = (upper.T @ upper) @ damped[order][:, order]
+    torch.testing.assert_close(product, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert (factor.order is not None) == act_order
+    assert not act_order or bool((H.diagonal()[order].diff() <= 0).all())
+
+
 def test_group_scales_see_the_block_they_are_in() -> None:
     W, H = weights(6, 32), hessian_of(correlated(300, 32))
     scheme = Scheme(Int(4), Scale("group", 8), "int")

@@ -12,7 +12,7 @@ from laconic.core.structure import Structure
 from laconic.quant import apply_smooth, smooth_norm, smooth_scales
 from tests.zoo import ZOO, outputs
 
-# How many norms at least: parallel readers, GPT-2's (in, out) weights, Gemma's 1 + w, fused experts, pictures.
+# How many norms at least: parallel readers, (in, out) weights of GPT-2, Gemma's 1 + w, fused experts, images.
 TAKEN = {"llama": 4, "gpt2": 4, "gemma2": 4, "mixtral": 2, "vit": 4, "bert": 0}
 
 

@@ -1,0 +1,146 @@
+"""Killed at any moment and resumed: the same bytes, with what was solved reused; and never half an output."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from laconic.pipeline.compress import compress
+from laconic.pipeline.workspace import Workspace
+
+from .runs import command, environ, hashes, process, save, token_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save("llama", tmp_path_factory.mktemp("float") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return token_file(tmp_path_factory.mktemp("data") / "tokens.npz")
+
+
+@pytest.fixture(scope="module")
+def whole(folder, data, tmp_path_factory):
+    """What an uninterrupted run gives, without and with data."""
+    at = tmp_path_factory.mktemp("whole")
+    found = {}
+    for name, given in (("none", ()), ("data", ("--data", data))):
+        done = process("compress", folder, "--budget", "size=5x", "--out", at / name, "--json", *given)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["units_reused"] == 0
+        found[name] = hashes(at / name)
+    return found
+
+
+@pytest.mark.parametrize(("given", "n"), [("none", 1), ("none", 9), ("data", 2), ("data", 8), ("data", 15)])
+def test_killed_and_resumed_gives_the_same_bytes(given, n, folder, data, whole, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json"]
+    arguments += ["--data", data] if given == "data" else []
+    killed = process(*arguments, LACONIC_FAILPOINT=f"unit:{n}")
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    assert len(list((tmp_path / "out.partial" / "records").glob("*.safetensors"))) == n
+    done = process(*arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["units_reused"] == n
+    assert hashes(out) == whole[given]
+    assert not (tmp_path / "out.partial").exists() and not (out / "records").exists()
+
+
+def test_killed_again_and_again_still_ends(folder, data, whole, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json", "--resume", "--data", data]
+    for _ in range(2):
+        assert process(*arguments, LACONIC_FAILPOINT="unit:4").returncode == -signal.SIGKILL
+        assert not out.exists()
+    done = process(*arguments)
+    assert done.returncode == 0 and json.loads(done.stdout)["units_reused"] == 8
+    assert hashes(out) == whole["data"]
+
+
+def test_resume_with_nothing_to_resume_simply_starts(folder, whole, tmp_path):
+    result = compress(folder, budget="size=5x", out=tmp_path / "out", resume=True)
+    assert result.units_reused == 0
+    assert hashes(result.out) == whole["none"]
+
+
+def test_without_resume_an_old_partial_folder_is_thrown_away(folder, tmp_path):
+    records = tmp_path / "out.partial" / "records"
+    records.mkdir(parents=True)
+    (records / "stray.safetensors").write_bytes(b"stale")
+    result = compress(folder, budget="size=5x", out=tmp_path / "out")
+    assert result.units_reused == 0 and not list(result.out.glob("**/stray*"))
+
+
+def test_what_was_solved_for_another_budget_is_not_taken_for_this_one(folder, tmp_path):
+    """Records are named by everything their bits depend on: another run's are ignored where they differ."""
+    killed = process(
+        "compress", folder, "--budget", "size=6x", "--out", tmp_path / "out", LACONIC_FAILPOINT="unit:9"
+    )
+    assert killed.returncode == -signal.SIGKILL
+    resumed = compress(folder, budget="size=4x", out=tmp_path / "out", resume=True)
+    fresh = compress(folder, budget="size=4x", out=tmp_path / "fresh")
+    assert hashes(resumed.out) == hashes(fresh.out)
+
+
+def test_a_torn_record_is_solved_again(folder, whole, tmp_path):
+    arguments = ["compress", folder, "--budget", "size=5x", "--out", tmp_path / "out", "--json"]
+    process(*arguments, LACONIC_FAILPOINT="unit:4")
+    record = sorted((tmp_path / "out.partial" / "records").glob("*.safetensors"))[0]
+    record.write_bytes(record.read_bytes()[:-7])
+    done = process(*arguments, "--resume")
+    assert done.returncode == 0 and json.loads(done.stdout)["units_reused"] == 3
+    assert hashes(tmp_path / "out") == whole["none"]
+
+
+def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(folder, data, whole, tmp_path):
+    out, records = tmp_path / "out", tmp_path / "out.partial" / "records"
+    arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json", "--data", data]
+    running = subprocess.Popen(
+        command(*arguments), env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (records.is_dir() and any(records.glob("*.safetensors"))):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    running.send_signal(signal.SIGINT)
+    printed, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert printed == "" and "--resume" in said and "Traceback" not in said
+    assert not out.exists() and records.is_dir()
+    done = process(*arguments, "--resume")
+    assert done.returncode == 0 and json.loads(done.stdout)["units_reused"] > 0
+    assert hashes(out) == whole["data"]
+
+
+def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(folder, tmp_path):
+    out = tmp_path / "out"
+    compress(folder, budget="size=4x", out=out)
+    before = hashes(out)
+    killed = process(
+        "compress", folder, "--budget", "size=6x", "--out", out, "--overwrite", LACONIC_FAILPOINT="unit:5"
+    )
+    assert killed.returncode == -signal.SIGKILL and hashes(out) == before
+    compress(folder, budget="size=6x", out=out, overwrite=True, resume=True)
+    assert hashes(out) != before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_abandon_removes_only_a_folder_without_records(tmp_path):
+    workspace = Workspace(tmp_path / "a")
+    workspace.open()
+    workspace.abandon()
+    assert not workspace.partial.exists()
+    workspace.open()
+    (workspace.records / "x.safetensors").write_bytes(b"")
+    workspace.abandon()
+    assert workspace.partial.exists()
