@@ -85,7 +85,9 @@ def unpack(words: Tensor, bits: int, k: int) -> Tensor:
     rows = words.shape[0]
     if rows == 0 or k == 0:
         return torch.empty((rows, k), dtype=torch.uint8, device=words.device)
-    stream = words.contiguous().view(torch.uint8)
+    # A view with one row counts as contiguous whatever its stride, which view() then refuses: copy it explicitly.
+    words = words.contiguous() if words.stride(-1) == 1 else words.clone(memory_format=torch.contiguous_format)
+    stream = words.view(torch.uint8)
     if bits == 8:
         return stream[:, :k].clone()  # a copy: codes never alias the words
     codes = torch.empty((rows, k), dtype=torch.uint8, device=words.device)

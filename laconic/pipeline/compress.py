@@ -38,7 +38,7 @@ from .recipe import Recipe, load_recipe
 from .solve import Solving, solve
 from .source import Source, check_finite, resolve
 from .source_base import bytes_of
-from .stream import solve_streamed
+from .stream import check_weights, solve_streamed
 from .tensorfile import TensorWriter, tensor_digest
 from .units import find_units
 from .workspace import Workspace, digest, write_whole
@@ -227,6 +227,8 @@ class _Run:
                     data, source, columns, self.options.seed, batch=self.options.batch, seq=self.options.seq
                 )
                 self.notes += self.task.notes
+            if streamed:
+                check_weights(source)
             self.ground = meta if streamed else self.ground_in_memory(source)
             self.ground.streamed = streamed
         if self.task is not None and not streamed:
@@ -304,15 +306,14 @@ class _Run:
     def _try_forward(self) -> None:
         """A forward that fails on the data fails now, with the place."""
         assert self.task is not None
-        split = self.task.splits[0]
+        if "calibrate" not in self.task.splits:
+            return  # a scoring function without inputs: nothing to run
         try:
-            batches = self.task.batches(split, limit=1)
+            batches = self.task.batches("calibrate", limit=1)
             if batches:
                 run_batch(self.task, self.ground.model, batches[0])
         except LaconicError:
             raise
-        except NotImplementedError:
-            return  # a scoring function without batches: nothing to run
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises is their message
             where = _innermost_module(self.ground.model, error)
             raise BadInput(
@@ -361,8 +362,9 @@ class _Run:
         if kept is not None and kept.get("identity") == identity:
             self.tried = kept["tried"]
             self.notes += kept["notes"]
-            decision = {n: Scheme.parse(s) if s else None for n, s in kept["units"].items()}
-            return decision, kept["method"]
+            units = kept["units"]
+            in_order = [u.name for u in self.ground.units if u.name in units]
+            return {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}, kept["method"]
         before = len(self.notes)
         with self.stage("decide"):
             if step is None:
@@ -389,7 +391,7 @@ class _Run:
         strange = sorted(set(units) - set(known))
         if strange:
             raise BadInput(f"the recipe names {strange[0]!r}, which {ground.source.name} does not have")
-        return {n: Scheme.parse(s) if s and known[n].options else None for n, s in units.items()}
+        return {n: Scheme.parse(s) if (s := units[n]) and u.options else None for n, u in known.items() if n in units}
 
     def _allocate(self) -> dict[str, Scheme | None]:
         ground, seed = self.ground, self.options.seed
@@ -639,12 +641,9 @@ class _Run:
 
     def _batches(self, split: str, tokens: int, batch: int | None = None, limit: int | None = None) -> list[Any]:
         """Batches of a split, up to about so many positions."""
-        if self.task is None or split not in self.task.splits:
-            return []
-        try:
-            found = self.task.batches(split, batch=batch, seq=self.options.seq, limit=limit)
-        except NotImplementedError:
-            return []
+        if self.task is None or not {"calibrate", split} <= set(self.task.splits):
+            return []  # a task without inputs to calibrate with has none at all: it is a scoring function
+        found = self.task.batches(split, batch=batch, seq=self.options.seq, limit=limit)
         kept, seen = [], 0
         for one in found:
             kept.append(one)

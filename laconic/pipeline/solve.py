@@ -29,9 +29,8 @@ from .workspace import Workspace, digest
 
 Progress = Callable[[int, int, str], None]
 RERUN_STAGES = 12  # at most this many runs from the start for layers outside the chain
-COARSE_BITS = (
-    3  # from here down, scales are searched by squared error and codes refined once more: worth its time only here
-)
+# From here down, scales are searched by squared error and codes refined once more: worth its time only here.
+COARSE_BITS = 2
 GPTQ_BITS = 7  # at 8 bits rounding errors are lost in the noise of everything else
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from laconic.quant import round_to_nearest
 
 from .plan import Ground
 from .solve import record_of
-from .source import check_finite
+from .source import Source, check_finite
 from .units import Unit
 from .workspace import Workspace, digest
 
@@ -46,6 +47,20 @@ def solve_streamed(
     return records
 
 
+def check_weights(source: Source) -> None:
+    """Refuse weights that are not finite, reading some rows at a time.
+
+    Raises:
+        BadInput: naming the tensor.
+    """
+    for name in source.names():
+        _, shape = source.spec(name)
+        rows = shape[0] if shape else 0
+        step = max(1, CHUNK // max(1, math.prod(shape[1:])))
+        for begin in range(0, rows, step):
+            check_finite(name, source.read(name, begin, min(begin + step, rows)))
+
+
 def _solve_rows(ground: Ground, unit: Unit, scheme: Scheme) -> dict[str, Tensor]:
     """Pack a parameter reading some rows at a time (a transposed one, or one with a single scale, is read whole)."""
     rows, k = unit.spec(scheme).matrix
@@ -57,9 +72,7 @@ def _solve_rows(ground: Ground, unit: Unit, scheme: Scheme) -> dict[str, Tensor]
     at = 0
     for begin in range(0, leading, step):
         value = ground.source.read(unit.name, begin, min(begin + step, leading))
-        check_finite(unit.name, value)
-        view = unit.view if unit.view != "rows" else "rows"
-        matrix = matrix_view(value, view)
+        matrix = matrix_view(value, unit.view)
         solved = round_to_nearest(matrix, scheme, unit.name)
         words[at : at + matrix.shape[0]] = pack(solved.codes, scheme.bits)
         at += matrix.shape[0]

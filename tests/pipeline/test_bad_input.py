@@ -254,7 +254,10 @@ def test_a_pattern_that_matches_nothing(refused, llama, flag):
     ("text", "sentence"),
     [
         ("passes: [{pass: magic}]", "'magic'"),
-        ("passes: [{pass: quantize}, {pass: fold_batchnorm}]", "folding needs float weights, so it comes first"),
+        (
+            "passes: [{pass: quantize}, {pass: fold_batchnorm}]",
+            "folding needs float weights, so it comes first",
+        ),
         ("passes: [{pass: quantize}, {pass: quantize}]", "stands twice"),
         ("passes: [{pass: quantize, bits: [9]}]", "bits are some of"),
         ("passes: [{pass: quantize, units: {lm_head.weight: int4}}]", "scheme 'int4'"),
@@ -330,13 +333,17 @@ def test_an_output_that_cannot_be_made(refused, llama, tmp_path):
         compress(llama, budget="size=5x", out=tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize(("text", "sentence"), [("lots", "is no size"), ("100MB", "at least"), ("0GB", "a byte at least")])
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("lots", "is no size"), ("100MB", "at least"), ("0GB", "a byte at least")]
+)
 def test_memory_bounds_that_cannot_be_kept(refused, llama, text, sentence):
     refused(sentence, llama, "--max-ram", text)
 
 
 def test_coverage_below_the_least_leaves_nothing_behind(refused, llama):
-    refused("below --min-coverage", llama, "--budget", "size=2x", "--min-coverage", "0.99", "--keep", "lm_head")
+    refused(
+        "below --min-coverage", llama, "--budget", "size=2x", "--min-coverage", "0.99", "--keep", "lm_head"
+    )
 
 
 class Odd(nn.Module):

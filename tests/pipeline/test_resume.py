@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress
 from laconic.pipeline.workspace import Workspace
 
@@ -32,15 +33,34 @@ def whole(folder, data, tmp_path_factory):
     """What an uninterrupted run gives, without and with data."""
     at = tmp_path_factory.mktemp("whole")
     found = {}
-    for name, given in (("none", ()), ("data", ("--data", data))):
-        done = process("compress", folder, "--budget", "size=5x", "--out", at / name, "--json", *given)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["units_reused"] == 0
-        found[name] = hashes(at / name)
+    for name, given in (("none", None), ("data", data)):
+        result = compress(folder, given, "size=5x", out=at / name)
+        assert result.units_reused == 0
+        found[name] = hashes(result.out)
     return found
 
 
-@pytest.mark.parametrize(("given", "n"), [("none", 1), ("none", 9), ("data", 2), ("data", 8), ("data", 15)])
+class Stopped(BaseException):
+    """Stands for SIGKILL within this process: nothing catches it."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """`stop_after(n)`: the n-th unit that is kept from now on is the last; `stop_after(0)`: no more of this."""
+
+    def arm(n: int) -> None:
+        left = iter(range(n - 1, -1, -1))
+
+        def failpoint(name: str) -> None:
+            if n and not next(left):
+                raise Stopped
+
+        monkeypatch.setattr(workspace_module, "failpoint", failpoint)
+
+    return arm
+
+
+@pytest.mark.parametrize(("given", "n"), [("none", 9), ("data", 8)])
 def test_killed_and_resumed_gives_the_same_bytes(given, n, folder, data, whole, tmp_path):
     out = tmp_path / "out"
     arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json"]
@@ -56,15 +76,28 @@ def test_killed_and_resumed_gives_the_same_bytes(given, n, folder, data, whole, 
     assert not (tmp_path / "out.partial").exists() and not (out / "records").exists()
 
 
-def test_killed_again_and_again_still_ends(folder, data, whole, tmp_path):
-    out = tmp_path / "out"
-    arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json", "--resume", "--data", data]
-    for _ in range(2):
-        assert process(*arguments, LACONIC_FAILPOINT="unit:4").returncode == -signal.SIGKILL
-        assert not out.exists()
-    done = process(*arguments)
-    assert done.returncode == 0 and json.loads(done.stdout)["units_reused"] == 8
-    assert hashes(out) == whole["data"]
+@pytest.mark.parametrize(
+    ("given", "n"), [("none", 1), ("none", 15), ("data", 1), ("data", 3), ("data", 10), ("data", 15)]
+)
+def test_stopped_after_any_unit(given, n, folder, data, whole, tmp_path, stop_after):
+    arguments = (folder, data if given == "data" else None, "size=5x")
+    stop_after(n)
+    with pytest.raises(Stopped):
+        compress(*arguments, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    stop_after(0)
+    result = compress(*arguments, out=tmp_path / "out", resume=True)
+    assert result.units_reused == n and hashes(result.out) == whole[given]
+
+
+def test_stopped_again_and_again_still_ends(folder, data, whole, tmp_path, stop_after):
+    for _ in range(3):
+        stop_after(4)
+        with pytest.raises(Stopped):
+            compress(folder, data, "size=5x", out=tmp_path / "out", resume=True)
+    stop_after(0)
+    result = compress(folder, data, "size=5x", out=tmp_path / "out", resume=True)
+    assert result.units_reused == 12 and hashes(result.out) == whole["data"]
 
 
 def test_resume_with_nothing_to_resume_simply_starts(folder, whole, tmp_path):
@@ -81,25 +114,26 @@ def test_without_resume_an_old_partial_folder_is_thrown_away(folder, tmp_path):
     assert result.units_reused == 0 and not list(result.out.glob("**/stray*"))
 
 
-def test_what_was_solved_for_another_budget_is_not_taken_for_this_one(folder, tmp_path):
+def test_what_was_solved_for_another_budget_is_not_taken_for_this_one(folder, tmp_path, stop_after):
     """Records are named by everything their bits depend on: another run's are ignored where they differ."""
-    killed = process(
-        "compress", folder, "--budget", "size=6x", "--out", tmp_path / "out", LACONIC_FAILPOINT="unit:9"
-    )
-    assert killed.returncode == -signal.SIGKILL
+    stop_after(9)
+    with pytest.raises(Stopped):
+        compress(folder, budget="size=6x", out=tmp_path / "out")
+    stop_after(0)
     resumed = compress(folder, budget="size=4x", out=tmp_path / "out", resume=True)
     fresh = compress(folder, budget="size=4x", out=tmp_path / "fresh")
     assert hashes(resumed.out) == hashes(fresh.out)
 
 
-def test_a_torn_record_is_solved_again(folder, whole, tmp_path):
-    arguments = ["compress", folder, "--budget", "size=5x", "--out", tmp_path / "out", "--json"]
-    process(*arguments, LACONIC_FAILPOINT="unit:4")
+def test_a_torn_record_is_solved_again(folder, whole, tmp_path, stop_after):
+    stop_after(4)
+    with pytest.raises(Stopped):
+        compress(folder, budget="size=5x", out=tmp_path / "out")
+    stop_after(0)
     record = sorted((tmp_path / "out.partial" / "records").glob("*.safetensors"))[0]
     record.write_bytes(record.read_bytes()[:-7])
-    done = process(*arguments, "--resume")
-    assert done.returncode == 0 and json.loads(done.stdout)["units_reused"] == 3
-    assert hashes(tmp_path / "out") == whole["none"]
+    result = compress(folder, budget="size=5x", out=tmp_path / "out", resume=True)
+    assert result.units_reused == 3 and hashes(result.out) == whole["none"]
 
 
 def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(folder, data, whole, tmp_path):
@@ -122,14 +156,15 @@ def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(folder, data, whole, tmp_pa
     assert hashes(out) == whole["data"]
 
 
-def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(folder, tmp_path):
+def test_overwrite_keeps_the_old_output_until_the_new_one_is_whole(folder, tmp_path, stop_after):
     out = tmp_path / "out"
     compress(folder, budget="size=4x", out=out)
     before = hashes(out)
-    killed = process(
-        "compress", folder, "--budget", "size=6x", "--out", out, "--overwrite", LACONIC_FAILPOINT="unit:5"
-    )
-    assert killed.returncode == -signal.SIGKILL and hashes(out) == before
+    stop_after(5)
+    with pytest.raises(Stopped):
+        compress(folder, budget="size=6x", out=out, overwrite=True)
+    assert hashes(out) == before
+    stop_after(0)
     compress(folder, budget="size=6x", out=out, overwrite=True, resume=True)
     assert hashes(out) != before
     assert os.listdir(tmp_path) == ["out"]

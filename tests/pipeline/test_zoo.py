@@ -194,13 +194,17 @@ def test_tied_weights_are_stored_once_and_stay_tied(name, compressed):
         stored = [n for n in tensors if any(n.startswith(other + "_packed") for other in row["names"])]
         assert stored == ([row["name"] + "_packed"] if row["scheme"] else [])
         if row["scheme"]:
-            first, *rest = (_attribute(model, n + "_packed").data_ptr() for n in row["names"])
-            assert rest and all(other == first for other in rest)
+            first, *rest = (_codes(model, n) for n in row["names"])
+            assert rest and all(other is first for other in rest)
 
 
-def _attribute(model: torch.nn.Module, path: str) -> torch.Tensor:
+def _codes(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """The codes that a packed parameter reads, be they its own or another module's."""
     owner, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(owner), name)
+    module = model.get_submodule(owner)
+    if name in module._packed_owner:
+        module, name = module._packed_owner[name]
+    return module._parameters[f"{name}_packed"]
 
 
 def _folds(result: Result) -> list[tuple[str, str]]:
