@@ -53,10 +53,7 @@ def compare(
     after = task.evaluate(second.model, "verify", lambda d, t: show("second", d, t))
     found = compare_evaluations(before, after, task.metric, seed)
     n = batch or 1
-    one = task.batches("verify", batch=n, seq=seq, limit=n)[0]
-    times = latency_ms({
-        "before": lambda: run_batch(task, first.model, one), "after": lambda: run_batch(task, second.model, one)
-    })  # fmt: skip
+    times = _latencies(task, first.model, second.model, n, seq)
     unit = "points" if task.metric.bounded else "%"
     return {
         "version": 1, "command": " ".join(sys.argv), "seed": seed,
@@ -75,13 +72,24 @@ def compare(
         "drop_high": found.high, "flips": found.flips,
         "also": {name: [before.also.get(name), value] for name, value in after.also.items()},
         "latency": {
-            "batch": n, "seq": seq, "threads": machine()["threads"], "rounds": 7, "ratio": times["before"] / times["after"], "sentence": "",
+            "batch": n, "seq": seq, "threads": machine()["threads"], "rounds": 7, "sentence": "",
+            "ratio": times["before"] / times["after"] if times["before"] and times["after"] else None,
         },
         "coverage": None, "units_reused": None, "units_total": None,
         "seconds": {"total": time.perf_counter() - begin, "stages": {}}, "peak_rss_bytes": peak_rss(),
         "tried": [], "units": [], "ledger": [], "ledger_header": None, "ledger_padding": None, "changed": [], "notes": task.notes,
         "machine": machine(), "versions": versions(), "kernels": {}, "out": None, "report": None,
     }  # fmt: skip
+
+
+def _latencies(task: Any, before: nn.Module, after: nn.Module, n: int, seq: int | None) -> dict[str, float | None]:
+    """Median milliseconds of both on one batch; None for a scoring function that has no inputs to show."""
+    try:
+        one = task.batches("verify", batch=n, seq=seq, limit=n)[0]
+    except (BadInput, NotImplementedError, IndexError):
+        return {"before": None, "after": None}
+    runs = {"before": lambda: run_batch(task, before, one), "after": lambda: run_batch(task, after, one)}
+    return dict(latency_ms(runs))
 
 
 class _Opened:

@@ -135,10 +135,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def failpoint(name: str) -> None:
-    """Die here if `LACONIC_FAILPOINT` is "NAME:N" and this is the N-th time: how tests kill a run at a chosen moment."""
+    """Die at a chosen moment, for tests: `LACONIC_FAILPOINT` is "NAME:N", the N-th time that this place is passed.
+
+    "NAME:N:SIGINT" sends that signal, as Ctrl-C does, instead of SIGKILL.
+    """
     global _done
-    wanted = os.environ.get("LACONIC_FAILPOINT", "")
-    if wanted.startswith(name + ":"):
+    wanted, _, rest = os.environ.get("LACONIC_FAILPOINT", "").partition(":")
+    if wanted == name:
+        count, _, number = rest.partition(":")
         _done += 1
-        if _done >= int(wanted.partition(":")[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if _done == int(count) if number else _done >= int(count):
+            os.kill(os.getpid(), signal.Signals[number or "SIGKILL"])

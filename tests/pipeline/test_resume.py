@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress
 from laconic.pipeline.workspace import Workspace
 
-from .runs import command, environ, hashes, process, save, token_file
+from .runs import hashes, process, save, token_file
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +137,9 @@ def test_a_torn_record_is_solved_again(folder, whole, tmp_path, stop_after):
 def test_ctrl_c_keeps_the_work_and_says_how_to_go_on(folder, data, whole, tmp_path):
     out, records = tmp_path / "out", tmp_path / "out.partial" / "records"
     arguments = ["compress", folder, "--budget", "size=5x", "--out", out, "--json", "--data", data]
-    running = subprocess.Popen(
-        command(*arguments), env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (records.is_dir() and any(records.glob("*.safetensors"))):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    running.send_signal(signal.SIGINT)
-    printed, said = running.communicate(timeout=60)
-    assert running.returncode == 130, said
+    stopped = process(*arguments, LACONIC_FAILPOINT="unit:2:SIGINT")
+    printed, said = stopped.stdout, stopped.stderr
+    assert stopped.returncode == 130, said
     assert printed == "" and "--resume" in said and "Traceback" not in said
     assert not out.exists() and records.is_dir()
     done = process(*arguments, "--resume")
