@@ -541,7 +541,6 @@ class _Run:
         if total != self.size_after:
             raise LaconicError(f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect")
         write_whole(workspace.partial / "recipe.yaml", recipe.to_yaml().encode())
-        ground.source.save_extras(workspace.partial)
         for record in records:
             record.data.pop("key", None)
         write_artifact_files(workspace.partial, source=ground.source, records=records, ledger=self.ledger, versions=versions())
