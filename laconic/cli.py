@@ -5,9 +5,10 @@ Exit codes: 0 the budget was met, 1 something failed, 2 bad input or impossible,
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -21,72 +22,98 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
 
-Model = Annotated[str | None, typer.Argument(help="a folder, a fetched name, or module:function")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, or module:function"),
-]
-TaskName = Annotated[str | None, typer.Option(help="a task by name; alone it brings its own model")]
-Columns = Annotated[str | None, typer.Option(help="which column is what, as text=body,label=topic")]
-BudgetText = Annotated[str | None, typer.Option(help='as "size=4x, drop=1"; size=4x by default')]
-RecipeFile = Annotated[str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact")]
-MaxRam = Annotated[str | None, typer.Option(help="bound on peak resident memory, as 8GB")]
-Keep = Annotated[
-    list[str] | None, typer.Option(help="parameters that stay float: a path, a module or a glob; repeatable")
-]
-Exclude = Annotated[list[str] | None, typer.Option(help="parameters that no pass may touch; repeatable")]
-Batch = Annotated[int | None, typer.Option(min=1, help="examples in a batch, for calibration and latency")]
-Seq = Annotated[int | None, typer.Option(min=1, help="tokens in an example")]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of torch")]
-Seed = Annotated[int, typer.Option(help="of every random choice")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights (with weights_only)")]
-Json = Annotated[bool, typer.Option("--json", help="print exactly one line of JSON")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+REQUIRED = inspect.Parameter.empty
+
+# What more than one command takes: the type, how it is shown, and the default.
+Given = tuple[Any, Any, Any]
+SHARED: dict[str, Given] = {
+    "model": (str | None, typer.Argument(help="a folder, a fetched name, or module:function"), None),
+    "data": (
+        str | None,
+        typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, or module:function"),
+        None,
+    ),
+    "task": (str | None, typer.Option(help="a task by name; alone it brings its own model"), None),
+    "columns": (str | None, typer.Option(help="which column is what, as text=body,label=topic"), None),
+    "budget": (str | None, typer.Option(help='as "size=4x, drop=1"; size=4x by default'), None),
+    "recipe": (str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact"), None),
+    "max_ram": (str | None, typer.Option(help="bound on peak resident memory, as 8GB"), None),
+    "exclude": (list[str] | None, typer.Option(help="parameters that no pass may touch; repeatable"), None),
+    "keep": (
+        list[str] | None,
+        typer.Option(help="parameters that stay float: a path, a module or a glob; repeatable"),
+        None,
+    ),
+    "batch": (int | None, typer.Option(min=1, help="examples in a batch, for calibration and latency"), None),
+    "seq": (int | None, typer.Option(min=1, help="tokens in an example"), None),
+    "seed": (int, typer.Option(help="of every random choice"), 0),
+    "trust_remote_code": (
+        bool,
+        typer.Option("--trust-remote-code", help="run code that comes with the checkpoint"),
+        False,
+    ),
+    "allow_pickle": (bool, typer.Option("--allow-pickle", help="read pickled weights (with weights_only)"), False),
+    "json_": (bool, typer.Option("--json", help="print exactly one line of JSON"), False),
+    "quiet": (bool, typer.Option("--quiet", "-q", help="no progress"), False),
+}
 
 
-@app.command()
-def compress(
-    out: Annotated[str, typer.Option(help="folder of the artifact")],
-    model: Model = None,
-    data: Data = None,
-    task: TaskName = None,
-    columns: Columns = None,
-    budget: BudgetText = None,
-    recipe: RecipeFile = None,
-    max_ram: MaxRam = None,
-    seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where an earlier run stopped")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
-    json_: Json = False,
-    quiet: Quiet = False,
-    batch: Batch = None,
-    seq: Seq = None,
-    threads: Threads = None,
-    exclude: Exclude = None,
-    keep: Keep = None,
-    device: Annotated[str, typer.Option(help="cpu")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the folder if it exists")] = False,
-    min_coverage: Annotated[float, typer.Option(min=0, max=1, help="least share of elements to pack")] = 0.0,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-) -> None:
+def command(*names: str, **own: Given) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command that takes these options by keyword, and shows them in this order.
+
+    Args:
+        names: of `SHARED`, or of `own`.
+        own: options of this command alone, in the form of `SHARED`.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def run(**given):
+            function(**given)
+
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        table = SHARED | own
+        parameters = []
+        for name in names:
+            kind, shown, default = table[name]
+            run.__annotations__[name] = Annotated[kind, shown]
+            parameters.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, shown], default=default
+                )
+            )
+        run.__signature__ = inspect.Signature(parameters)  # which is what typer reads
+        app.command(function.__name__.rstrip("_"))(run)
+        return function
+
+    return register
+
+
+# What compress and plan are told about the job, as their functions in the library are.
+JOB = ("model", "data", "task", "columns", "budget", "recipe", "max_ram")
+PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
+
+
+@command(
+    "out", *JOB, "seed", "resume", "dry_run", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
+    "overwrite", "min_coverage", "trust_remote_code", "allow_pickle",
+    out=(str, typer.Option(help="folder of the artifact"), REQUIRED),
+    resume=(bool, typer.Option("--resume", help="go on where an earlier run stopped"), False),
+    dry_run=(bool, typer.Option("--dry-run", help="print the plan and stop"), False),
+    threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
+    device=(str, typer.Option(help="cpu"), "cpu"),
+    overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
+    min_coverage=(float, typer.Option(min=0, max=1, help="least share of elements to pack"), 0.0),
+)  # fmt: skip
+def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
     """Compress a model within a budget and report what was measured."""
     if dry_run:
-        _plan(
-            model, data, task, columns, budget, recipe, max_ram, exclude, keep, trust_remote_code, allow_pickle, json_
-        )
+        plan(json_=json_, **{name: given[name] for name in PLANNED})
         return
     from laconic.pipeline.compress import compress as run
     from laconic.report import json_line, summary_table
 
-    with _stoppable(out), _progress(quiet or json_) as progress:
-        result = run(
-            model, data, budget, out=out, task=task, columns=_columns(columns), recipe=recipe, max_ram=max_ram,
-            seed=seed, resume=resume, batch=batch, seq=seq, threads=threads, exclude=exclude or (), keep=keep or (),
-            device=device, overwrite=overwrite, min_coverage=min_coverage, trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle, progress=progress,
-        )  # fmt: skip
+    with _stoppable(given["out"]), _progress(quiet or json_) as progress:
+        result = run(**_job(given), progress=progress)
     if json_:
         print(json_line(result.record))
     else:
@@ -94,78 +121,55 @@ def compress(
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
-def plan(
-    model: Model = None,
-    data: Data = None,
-    task: TaskName = None,
-    columns: Columns = None,
-    budget: BudgetText = None,
-    recipe: RecipeFile = None,
-    max_ram: MaxRam = None,
-    exclude: Exclude = None,
-    keep: Keep = None,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-    json_: Json = False,
-) -> None:
+@command(*PLANNED, "json_")
+def plan(*, json_: bool, **given: Any) -> None:
     """What compress would do, from shapes alone: size, memory, time, kernel and reason per unit. Writes nothing."""
-    _plan(model, data, task, columns, budget, recipe, max_ram, exclude, keep, trust_remote_code, allow_pickle, json_)
-
-
-def _plan(model, data, task, columns, budget, recipe, max_ram, exclude, keep, trust, pickle, json_) -> None:
     from laconic.pipeline.compress import plan as run
     from laconic.report import plan_table
 
-    found = run(
-        model, data, budget, task=task, columns=_columns(columns), recipe=recipe, max_ram=max_ram,
-        exclude=exclude or (), keep=keep or (), trust_remote_code=trust, allow_pickle=pickle,
-    )  # fmt: skip
+    found = run(**_job(given))
     if json_:
         print(json.dumps(found, default=str))
     else:
         Console().print(plan_table(found))
 
 
-@app.command()
-def inspect(
-    model: Model = None,
-    task: TaskName = None,
-    json_: Json = False,
-    all_: Annotated[bool, typer.Option("--all", help="show every repeated block")] = False,
-    trust_remote_code: Trust = False,
-    allow_pickle: Pickle = False,
-) -> None:
+def _job(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line as the library takes them."""
+    lists = {name: given[name] or () for name in ("exclude", "keep")}
+    return {**given, **lists, "columns": _columns(given["columns"])}
+
+
+@command(
+    "model", "task", "json_", "all_", "trust_remote_code", "allow_pickle",
+    all_=(bool, typer.Option("--all", help="show every repeated block"), False),
+)  # fmt: skip
+def inspect_(*, json_: bool, all_: bool, **given: Any) -> None:
     """Where the bytes, the operations, the milliseconds and the outliers of a model are."""
     from laconic.pipeline.inspect import inspect as run
     from laconic.report import inspect_tree
 
-    found = run(model, task=task, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    found = run(**given)
     if json_:
         print(json.dumps(found))
     else:
         Console().print(inspect_tree(found, repeated=all_))
 
 
-@app.command()
-def compare(
-    a: Annotated[str, typer.Argument(help="a model or an artifact")],
-    b: Annotated[str, typer.Argument(help="another")],
-    data: Data = None,
-    task: TaskName = None,
-    columns: Columns = None,
-    batch: Batch = None,
-    seq: Seq = None,
-    seed: Seed = 0,
-    json_: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@command(
+    "a", "b", "data", "task", "columns", "batch", "seq", "seed", "device", "json_", "quiet",
+    a=(str, typer.Argument(help="a model or an artifact"), REQUIRED),
+    b=(str, typer.Argument(help="another"), REQUIRED),
+    device=(str, typer.Option(help="where both run: cpu, cuda or cuda:1"), "cpu"),
+)  # fmt: skip
+def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
     """Two models side by side on the same examples: size, quality with its interval, latency."""
     from laconic.pipeline.compare import compare as run
     from laconic.report import comparison_table, json_line
 
+    given["columns"] = _columns(given["columns"])
     with _progress(quiet or json_) as progress:
-        found = run(a, b, data or task, columns=_columns(columns), batch=batch, seq=seq, seed=seed, progress=progress)
+        found = run(**given, progress=progress)
     if json_:
         print(json_line(found))
     else:
@@ -181,8 +185,8 @@ def fetch(names: Annotated[list[str], typer.Argument(help="models, data and task
         print(run(name))
 
 
-@app.command()
-def doctor(json_: Json = False) -> None:
+@command("json_")
+def doctor(*, json_: bool) -> None:
     """Versions, kernels present and missing with the reason, and a self-test."""
     from laconic.doctor import diagnose, render, self_test
 

@@ -1,7 +1,7 @@
 """What this machine and this install can do, and whether it does it right: `laconic doctor`.
 
     report = diagnose()      # plain data, ready for JSON
-    checks = self_test()     # each kernel against its reference, on odd shapes
+    checks = self_test()     # each kernel and each op against its reference, on odd shapes
     render(Console(), report, checks)
 
 A doctor that dies at the patient's bedside is no use: nothing here raises. What could not be found out is
@@ -10,6 +10,7 @@ reported as `{"error": "..."}` in its place; a check that broke has failed, with
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -48,6 +49,9 @@ OPTIONAL = {
     "pyarrow": ("pyarrow", "data in Parquet files"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }
+
+# Every op that is registered with torch as `laconic::NAME`.
+OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequantize")
 
 State = Literal["passed", "failed", "skipped"]
 
@@ -313,11 +317,18 @@ def _words(rows: int, bits: int, k: int) -> Any:
     return torch.randint(-(2**31), 2**31, (rows, -(-k * bits // 32)), generator=generator).to(torch.int32)
 
 
+def _op(name: str) -> str:
+    from laconic.nn.check_ops import check_op
+
+    return check_op(name)
+
+
 _CHECKS: dict[str, Callable[[], str]] = {
     "reference: pack and unpack": _reference_round_trip,
     "C++: unpack": _native_unpack,
     "C++: dequantize": _native_dequantize,
     "C++: hadamard": _native_hadamard,
+    **{f"op: {name}": functools.partial(_op, name) for name in OPS},
 }
 
 

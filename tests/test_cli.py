@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 from typer.main import get_command
 
 from laconic import __version__
@@ -125,8 +127,41 @@ def test_compare(llama, data, tmp_path, capsys):
     assert code == 0 and line["ratio"] > 3 and line["drop_low"] <= line["drop"] <= line["drop_high"]
     code, printed, _ = run_cli(capsys, "compare", llama, llama, "--data", data, "--quiet")
     assert code == 0 and printed
-    code, _, said = run_cli(capsys, "compare", llama, llama)
-    assert code == 2 and "pass --data or --task" in said
+    on_cpu = run_cli(capsys, "compare", llama, llama, "--data", data, "--device", "cpu", "--json")
+    assert on_cpu[0] == 0 and json.loads(on_cpu[1])["drop"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("LLAMA", "LLAMA"), "pass --data or --task"),
+        (("LLAMA", "nowhere", "--data", "DATA"), "nowhere is neither a folder"),
+        (("LLAMA", "LLAMA", "--data", "nowhere.txt"), "nowhere.txt is no data: there is no such file"),
+        (("LLAMA", "LLAMA", "--task", "chess"), "chess is no data"),
+        (("LLAMA", "LLAMA", "--data", "DATA", "--task", "tiny-lm"), "both data and a task were named"),
+        (("LLAMA", "LLAMA", "--data", "DATA", "--device", "abacus"), "'abacus' is not a device: name one as cpu"),
+        (("LLAMA", "LLAMA", "--data", "DATA", "--device", "meta"), "the device meta holds no values"),
+        (("OUT", "OUT", "--data", "DATA"), "both models are artifacts"),
+        (("LLAMA", "tests.test_cli:fails", "--data", "DATA"), "in child: ValueError: not today"),
+        (("LLAMA", "HOLLOW", "--data", "DATA"), "laconic.json lacks its version"),
+    ],
+)
+def test_compare_bad_input(llama, data, tmp_path, capsys, arguments, says):
+    hollow = tmp_path / "hollow"
+    hollow.mkdir()
+    (hollow / "laconic.json").write_text("{}")
+    if "OUT" in arguments:
+        run_cli(capsys, "compress", llama, "--out", tmp_path / "out", "--json")
+    known = {"LLAMA": llama, "DATA": data, "OUT": tmp_path / "out", "HOLLOW": hollow}
+    code, printed, said = run_cli(capsys, "compare", *(known.get(a, a) for a in arguments), "--json")
+    assert (code, printed) == (2, "")
+    assert said.startswith("laconic: ") and says in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_compare_on_a_gpu_that_is_not_there(llama, data, capsys):
+    code, _, said = run_cli(capsys, "compare", llama, llama, "--data", data, "--device", "cuda", "--json")
+    assert code == 2 and said.startswith("laconic: the device cuda is not usable here: ")
 
 
 def test_inspect(llama, capsys):
@@ -137,8 +172,60 @@ def test_inspect(llama, capsys):
     assert unit["macs"] > 0 and unit["ms"] > 0 and unit["outlier_ratio"] > 1
     code, printed, _ = run_cli(capsys, "inspect", llama, "--all")
     assert code == 0 and "layers" in printed
-    code, _, said = run_cli(capsys, "inspect")
-    assert code == 2 and said.startswith("laconic: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "no model was named: give a folder"),
+        (("nowhere",), "nowhere is neither a folder, nor one of the names"),
+        (("--task", "chess"), "chess is not one of the tasks minilm-bbc, cifar-cnn"),
+        (("LLAMA", "--task", "tiny-lm"), "both a model and a task were named"),
+        (("tests.test_cli:fails",), "Fails: its forward fails on the example inputs: ValueError: not today"),
+        (("tests.test_cli:COMMANDS",), "tests.test_cli:COMMANDS"),
+    ],
+)
+def test_inspect_bad_input(llama, capsys, arguments, says):
+    code, printed, said = run_cli(capsys, "inspect", *(llama if a == "LLAMA" else a for a in arguments), "--json")
+    assert (code, printed) == (2, "")
+    assert said.startswith("laconic: ") and says in said and said.count("\n") == 1
+
+
+class Fails(nn.Module):
+    """Its forward always fails, in a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+        self.child.register_forward_pre_hook(_not_today)
+
+    def forward(self, input_ids):
+        return self.child(input_ids.float())
+
+
+def _not_today(module, inputs):
+    raise ValueError("not today")
+
+
+def fails():
+    return Fails(), torch.zeros(2, 4)
+
+
+def broken():
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[0, :2] = torch.tensor([float("nan"), float("inf")])
+    return model, torch.zeros(2, 4)
+
+
+def test_inspect_shows_broken_weights_and_stays_json(capsys):
+    def not_in_json(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    code, printed, _ = run_cli(capsys, "inspect", "tests.test_cli:broken", "--json")
+    found = json.loads(printed, parse_constant=not_in_json)
+    assert code == 0 and "weight holds 1 NaN and 1 infinite values" in found["notes"][0]
+    assert {u["name"]: u["outlier_ratio"] is None for u in found["units"]} == {"weight": True, "bias": False}
 
 
 def test_doctor(capsys):
@@ -146,6 +233,24 @@ def test_doctor(capsys):
     assert code == 0 and "torch" in printed
     code, printed, _ = run_cli(capsys, "doctor", "--json")
     assert code == 0 and all(c["state"] != "failed" for c in json.loads(printed)["checks"])
+
+
+@pytest.mark.parametrize("cache", ["", "a/file", "a/file/below", "not/there", "link"])
+def test_doctor_with_a_cache_that_cannot_be_one(cache, tmp_path, capsys, monkeypatch):
+    """Whatever LACONIC_CACHE says, the doctor tells and never raises."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    monkeypatch.setenv("LACONIC_CACHE", str(tmp_path / cache) if cache else "")
+    code, printed, said = run_cli(capsys, "doctor", "--json")
+    found = json.loads(printed)
+    assert (code, said) == (0, "") and printed.count("\n") == 1
+    assert set(found["cache"]) in ({"folder", "writable", "bytes", "fetched"}, {"error"})
+
+
+def test_doctor_usage(capsys):
+    assert run_cli(capsys, "doctor", "now")[0] == 2
+    assert run_cli(capsys, "doctor", "--fix")[0] == 2
 
 
 def test_columns_that_do_not_parse(llama, data, tmp_path, capsys):

@@ -127,6 +127,31 @@ def test_the_doctor_finds_nothing_wrong_here():
     assert all(name in text for name in ("Machine", "torch", "Kernels", "pyarrow", "Self-test"))
 
 
+def test_the_doctor_tries_every_registered_op():
+    """Ops are found in torch's own table, so a new one that the doctor does not try fails here."""
+    import torch
+
+    import laconic.kernels.ops  # noqa: F401 - registers them
+
+    names = [name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("laconic::")]  # fmt: skip
+    tried = {c.name.removeprefix("op: "): c for c in doctor.self_test() if c.name.startswith("op: ")}
+    assert set(names) == set(tried) and len(tried) >= 6
+    assert {c.state for c in tried.values()} == {"passed"}
+    assert all(int(c.detail.split()[0]) >= 5 for c in tried.values())
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[..., :-1], lambda y: y.half()])
+def test_the_doctor_finds_a_wrong_op(monkeypatch, wrong):
+    """A kernel that is off by a thousandth, breaks down, or gives another shape or type."""
+    from laconic.kernels import ops
+
+    real = ops.dequantize_rows
+    monkeypatch.setattr(ops, "dequantize_rows", lambda *given: wrong(real(*given)))
+    states = {c.name: c.state for c in doctor.self_test()}
+    assert states["op: embedding"] == "failed"
+
+
 # --- builds -----------------------------------------------------------------------------------------------
 
 

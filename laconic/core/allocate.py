@@ -5,10 +5,15 @@ The multiple-choice knapsack problem, for units u with options o:
 
     min sum_u cost[u][x_u]    subject to    sum_u size[u][x_u] <= budget
 
-Solved exactly (to a relative gap) as an integer program by SciPy's HiGHS. It is limited by gap and by nodes
-of its search, never by time, so that the same numbers give the same answer on any machine. `frontier` gives
-the corners of the lower convex hull of all (size, cost) that are reachable, by greedy ratios: the same
-problem with fractional choices, for plots and as a safe answer.
+Solved exactly (to a relative gap) as an integer program by SciPy's HiGHS. It is limited by gap and by nodes of its
+search, never by time, so that the same numbers give the same answer on any machine. The gap g is a part of the excess
+e(x) = sum_u cost[u][x_u] - min_o cost[u][o], whatever the magnitudes of the costs:
+
+    e(x) <= (1 + g) e(x*)      and so      e(x(B')) <= (1 + g) e(x(B))   for budgets B' >= B
+
+with x* the optimum: more budget never costs more, up to the gap, unless the node limit ended the search. `frontier`
+gives the corners of the lower convex hull of all (size, cost) that are reachable, by greedy ratios: the same problem
+with fractional choices, for plots and as a safe answer.
 """
 
 from __future__ import annotations
@@ -30,6 +35,12 @@ from laconic.errors import Impossible
 __all__ = ["Point", "allocate", "frontier"]
 
 Table = Sequence[Sequence[float]]
+
+# HiGHS's tolerances are absolute: 1e-6 on a gap, on a constraint and on a whole number. These scales bring the cost of
+# the answer and the room for sizes to numbers of which that is a negligible part.
+COST_SCALE, SIZE_SCALE = 1e3, 1e5
+COARSE = 10.0  # an answer that is so many times better than what was known is looked for again on a finer scale
+ATTEMPTS = 3  # at an answer that exceeds the budget by less than the solver's tolerance
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,8 @@ def allocate(
         size: likewise, not negative.
         budget: bound of the total size.
         tied: groups of units that must take options of the same index, and so have equally many.
-        gap: how far from the optimum the answer may be, as a part of it.
+        gap: how far from the optimum the answer may be, as a part of what the optimum costs more than if every unit had
+            its cheapest option.
         node_limit: nodes of the search tree after which the best answer so far is taken.
 
     Returns:
@@ -83,11 +95,7 @@ def allocate(
         )
     best = [point for point in hull if point.size <= budget][-1]
     if best is not hull[-1]:  # else every unit has its cheapest option already
-        exact = _solve(options, budget, gap, node_limit)
-        # A search stopped by its node limit, or an answer that is within the solver's tolerance of the budget
-        # but not within the budget, may be worse than the greedy one.
-        if exact is not None and exact.size <= budget and exact.cost <= best.cost:
-            best = exact
+        best = _improved(options, budget, best, gap, node_limit)
     return _per_unit(best.choice, groups, len(cost))
 
 
@@ -107,23 +115,18 @@ def frontier(cost: Table, size: Table, *, tied: Sequence[Sequence[int]] = ()) ->
     """
     groups, options = _checked(cost, size, tied)
     return [
-        Point(point.size, point.cost, tuple(_per_unit(point.choice, groups, len(cost))))
-        for point in _walk(options)
+        Point(point.size, point.cost, tuple(_per_unit(point.choice, groups, len(cost)))) for point in _walk(options)
     ]
 
 
-def _checked(
-    cost: Table, size: Table, tied: Sequence[Sequence[int]]
-) -> tuple[list[list[int]], list[list[_Option]]]:
+def _checked(cost: Table, size: Table, tied: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[_Option]]]:
     """Units grouped by ties, and for each group the options that could ever be chosen, by rising size."""
     if len(cost) != len(size) or any(len(c) != len(s) for c, s in zip(cost, size, strict=True)):
         raise ValueError("allocate: cost and size need the same units with the same options")
     in_ties = [unit for group in tied for unit in group]
     if len(set(in_ties)) != len(in_ties) or any(not 0 <= unit < len(cost) for unit in in_ties):
         raise ValueError("allocate: a tied unit does not exist, or stands in two groups")
-    groups = [list(group) for group in tied if group] + [
-        [u] for u in range(len(cost)) if u not in set(in_ties)
-    ]
+    groups = [list(group) for group in tied if group] + [[u] for u in range(len(cost)) if u not in set(in_ties)]
     groups.sort()
     tables = []
     for group in groups:
@@ -175,46 +178,80 @@ def _gain(a: _Option, b: _Option) -> float:
 
 
 def _point(chosen: list[_Option]) -> Point:
-    return Point(
-        math.fsum(o.size for o in chosen), math.fsum(o.cost for o in chosen), tuple(o.index for o in chosen)
-    )
+    return Point(math.fsum(o.size for o in chosen), math.fsum(o.cost for o in chosen), tuple(o.index for o in chosen))
 
 
-def _solve(options: list[list[_Option]], budget: float, gap: float, node_limit: int) -> Point | None:
-    """The integer program; None if the search ended without an answer."""
-    flat = [(unit, option) for unit, table in enumerate(options) for option in table]
-    units = np.array([unit for unit, _ in flat])
-    costs = np.array([option.cost for _, option in flat])
-    sizes = np.array([option.size for _, option in flat])
-    # HiGHS's tolerances are absolute, so costs and sizes are brought to the order of one: costs as what they
-    # exceed their unit's cheapest by, over the widest such excess; sizes over the room that the smallest
-    # options leave.
-    costs = costs - np.array([table[-1].cost for table in options])[units]
-    costs /= max(costs.max(), np.finfo(float).tiny)
-    least = np.array([table[0].size for table in options])
-    room = budget - math.fsum(least)
-    extra = sizes - least[units]
-    fits = extra <= room
-    one_each = csr_array((np.ones(len(flat)), (units, np.arange(len(flat)))), shape=(len(options), len(flat)))
-    with _quiet():
-        result = milp(
-            c=costs,
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, fits.astype(float)),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(np.where(fits, extra, 0.0)[None, :] / (room or 1.0), -np.inf, 1),
-            ],
-            options={"mip_rel_gap": gap, "node_limit": node_limit},
-        )
-    if result.x is None:
-        return None
-    chosen: list[_Option | None] = [None] * len(options)
-    for (unit, option), taken in zip(flat, result.x, strict=True):
-        if taken > 0.5:
-            chosen[unit] = option
-    complete = [option for option in chosen if option is not None]
-    return _point(complete) if len(complete) == len(options) else None
+def _excess(options: list[list[_Option]], point: Point) -> float:
+    """What a choice costs more than every unit's cheapest option; summed by itself, so that no digits are lost."""
+    cheapest = [table[-1] for table in options]
+    chosen = [
+        next(option for option in table if option.index == index)
+        for table, index in zip(options, point.choice, strict=True)
+    ]
+    return math.fsum(option.cost - least.cost for option, least in zip(chosen, cheapest, strict=True))
+
+
+def _improved(options: list[list[_Option]], budget: float, greedy: Point, gap: float, node_limit: int) -> Point:
+    """The best choice within the budget, starting from the greedy one.
+
+    HiGHS stops at a relative gap, but at an absolute one of 1e-6 as well, so costs are given to it as parts of the best
+    excess known. Where the answer is far better than that, the measure was too coarse, and the search is made once more
+    with the new one: every round but the last divides the excess by `COARSE` at least.
+    """
+    best, known = greedy, _excess(options, greedy)
+    while True:
+        found = _solve(options, budget, known, gap, node_limit)
+        # A search stopped by its node limit may be worse than what is known.
+        excess = math.inf if found is None else _excess(options, found)
+        if found is None or excess >= known:
+            return best
+        best = found
+        if excess > known / COARSE:
+            return best
+        known = excess
+
+
+def _solve(options: list[list[_Option]], budget: float, known: float, gap: float, node_limit: int) -> Point | None:
+    """The integer program with costs as parts of an excess that is `known`; None if the search ended without an answer that fits.
+
+    It is about what the options exceed the least of their kind by: costs over each unit's cheapest, and sizes over each
+    unit's smallest, as parts of the room that these leave. An option that alone exceeds the room, or what is known,
+    is left out, so that all numbers are of the order of one.
+    """
+    room = budget - math.fsum(table[0].size for table in options)
+    kept = [
+        [option for option in table if option.size - table[0].size <= room and option.cost - table[-1].cost <= known]
+        for table in options
+    ]
+    flat = [(number, option) for number, table in enumerate(kept) for option in table]
+    numbers = np.array([number for number, _ in flat])
+    costs = np.array([option.cost - options[number][-1].cost for number, option in flat])
+    sizes = np.array([option.size - options[number][0].size for number, option in flat])
+    ones = np.ones(len(flat))
+    one_each = csr_array((ones, (numbers, np.arange(len(flat)))), shape=(len(options), len(flat)))
+    allowed = SIZE_SCALE
+    for _ in range(ATTEMPTS):
+        with _quiet():
+            result = milp(
+                c=costs / known * COST_SCALE,
+                integrality=ones,
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(sizes[None, :] / (room or 1.0) * SIZE_SCALE, -np.inf, allowed),
+                ],
+                options={"mip_rel_gap": gap, "node_limit": node_limit},
+            )
+        if result.x is None:
+            return None
+        chosen = [option for (_, option), taken in zip(flat, result.x, strict=True) if taken > 0.5]
+        point = _point(chosen)
+        if len(chosen) != len(options):
+            return None
+        if point.size <= budget:
+            return point
+        allowed -= 2 * SIZE_SCALE * (point.size - budget) / (room or 1.0)  # it was within the solver's tolerance
+    return None
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def write_artifact_files(
         raise BadInput(f"{target} holds no {SINGLE}: write the tensors before the files that describe them")
     source.save_extras(target)
     model = source.skeleton()
-    dtype = _compute_dtype(model)
+    cls, dtype = type(model), _compute_dtype(model)  # before a packed root becomes another class
     said = []
     for record in records:
         row = record.to_json()
@@ -113,7 +113,6 @@ def write_artifact_files(
     if recipe_text is not None:
         (target / RECIPE).write_text(recipe_text, encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("read_artifact.py"), target / READER)
-    cls = type(source.skeleton())
     manifest = {
         "version": VERSION,
         "laconic": __version__,
@@ -242,9 +241,11 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
             "laconic compress again with --resume)"
         )
     raw = read_json(file)
-    if raw.get("version") != VERSION:
+    if not isinstance(raw.get("version"), int):
+        raise BadInput(f"{file} lacks its version: it was changed or cut short, copy it again")
+    if raw["version"] != VERSION:
         raise BadInput(
-            f"{file} has version {raw.get('version')!r}, this laconic reads version {VERSION}: update laconic"
+            f"{file} has version {raw['version']}, this laconic reads version {VERSION}: update laconic"
         )
     model, hashes = raw.get("model"), raw.get("hashes")
     if not isinstance(model, dict) or not isinstance(hashes, dict):

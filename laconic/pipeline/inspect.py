@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from laconic.core.structure import Structure
+from laconic.core.units import find_units
+from laconic.errors import BadInput
+from laconic.numerics import count_not_finite
+from laconic.tasks import TASKS, own_model
 
 from .source import resolve
-from .units import find_units
 
 
 def inspect(
@@ -32,36 +35,52 @@ def inspect(
 
     Returns:
         A record with `model`, `units` (name, op, bytes, macs, ms, outlier_ratio, reason) and `notes`.
-    """
-    from .compress import load_task_model
 
-    if model is None and task is not None:
-        model = load_task_model(task)
-    source = resolve(model, example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    Raises:
+        BadInput: there is no such model or task, or both were named, or the model's forward fails.
+    """
+    source = resolve(_named(model, task), example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     net = source.load()
     args, kwargs = source.example()
     structure = Structure.build(net, (args, kwargs))
     units = find_units(net, structure)
     milliseconds, positions = _timed(net, args, kwargs)
-    rows = []
+    rows, broken = [], []
     for unit in units:
         owner = unit.name.rpartition(".")[0]
         weight = net.get_parameter(unit.name).detach().float()
         rms = float(weight.square().mean().sqrt()) if weight.numel() else 0.0
+        bad = count_not_finite(weight)
+        if any(bad):
+            broken.append(f"{unit.name} holds {bad.nan} NaN and {bad.inf} infinite values: the weights are broken")
         main = len(unit.shape) > 1
         rows.append(
             {
                 "name": unit.name, "kind": "parameter", "op": unit.op, "bytes": unit.nbytes, "bytes_before": unit.nbytes,
                 "macs": unit.numel * positions.get(owner, 0) if main and unit.op in ("linear", "conv", "experts") else 0,
                 "ms": milliseconds.get(owner) if main else None,
-                "outlier_ratio": float(weight.abs().max()) / rms if rms else None, "reason": unit.reason or None,
+                "outlier_ratio": float(weight.abs().max()) / rms if rms and not any(bad) else None, "reason": unit.reason or None,
                 "calls": unit.calls,
             }
         )  # fmt: skip
     return {
         "model": {"name": source.name, "kind": source.kind, "class": type(net).__name__, "parameters": sum(u.numel for u in units)},
-        "size_before": source.size_before, "units": rows, "notes": list(source.notes) + list(structure.notes),
+        "size_before": source.size_before, "units": rows, "notes": [*broken, *source.notes, *structure.notes],
     }  # fmt: skip
+
+
+def _named(model: Any, task: str | None) -> Any:
+    """The one thing that was named: the model, or the task that brings one."""
+    if task is None:
+        if model is None:
+            raise BadInput("no model was named: give a folder, a fetched name, module:function, or --task")
+        return model
+    if model is not None:
+        raise BadInput("both a model and a task were named, and a task brings its own model: give one of them")
+    brought = own_model(task)
+    if brought is None:
+        raise BadInput(f"{task} is not one of the tasks {', '.join(TASKS)}: give one of them, or a model")
+    return brought
 
 
 def _timed(net: nn.Module, args: tuple, kwargs: dict) -> tuple[dict[str, float], dict[str, int]]:

@@ -22,7 +22,7 @@ from laconic.pipeline.source_base import all_tensors, first_line, put, stored_na
 from laconic.pipeline.source_weights import few
 from laconic.pipeline.tensorfile import SINGLE, TensorReader
 
-__all__ = ["load"]
+__all__ = ["load", "usable_device"]
 
 _OWN = re.compile(r"(laconic(?:\.[a-z_]\w*)+)\.([A-Za-z]\w*)")
 GENERATION = "generation_config.json"
@@ -55,7 +55,7 @@ def load(
         BadInput: it is no complete artifact, does not fit the model, or the device is not there.
     """
     manifest = read_manifest(folder, verify=verify)
-    device = _present(device)
+    device = usable_device(device)
     with TensorReader(manifest.folder / SINGLE) as reader:
         if into is not None:
             model = _into(into, manifest, dtype)
@@ -72,9 +72,17 @@ def load(
     return model.to(device).eval()
 
 
-def _present(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name, tried out.
+
+    Raises:
+        BadInput: there is none, or it holds no values.
+    """
     try:
         found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BadInput(f"{device!r} is not a device: name one as cpu, cuda or cuda:1") from error
+    try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"the device {device} is not usable here: {first_line(error)}") from error
@@ -155,12 +163,12 @@ def _transformers_model(manifest: Manifest, dtype: torch.dtype | None, trust_rem
     stated = getattr(config, "dtype", None)
     dtype = dtype or (stated if isinstance(stated, torch.dtype) else torch.float32)
     source_config.set_dtype(config, dtype)
-    model = source_skeleton._on_meta(cls, config, dtype, folder)
+    model = source_skeleton.on_meta(cls, config, dtype, folder)
     model.eval()
     apply_records(model, manifest.records)
     settle_ties(model)
     mark_filled(model)
-    source_skeleton._initialise(model, [])
+    source_skeleton.initialise(model, [])
     model.tie_weights(recompute_mapping=False)
     if model.can_generate() and (folder / GENERATION).is_file():
         from transformers import GenerationConfig

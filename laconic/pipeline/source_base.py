@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import BadInput, LaconicError
+from laconic.numerics import count_not_finite
 from laconic.pipeline.tensorfile import CHUNK, bytes_of, row_range, tensor_digest
 
 __all__ = [
@@ -190,15 +191,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         BadInput: naming the tensor and how many values are bad.
     """
-    if not tensor.is_floating_point():
-        return
-    nans = infs = 0
-    for piece in tensor.detach().reshape(-1).split(CHUNK):  # bounds the memory of the masks
-        if not bool(torch.isfinite(piece).all()):
-            nans += int(piece.isnan().sum())
-            infs += int(piece.isinf().sum())
-    if nans or infs:
-        what = " and ".join(f"{count} {kind}" for count, kind in ((nans, "NaN"), (infs, "infinite")) if count)
+    found = count_not_finite(tensor)
+    if any(found):
+        kinds = ((found.nan, "NaN"), (found.inf, "infinite"))
+        what = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
         raise BadInput(
             f"{name} holds {what} of {tensor.numel()} values: the weights are broken, use a sound checkpoint"
         )

@@ -23,7 +23,7 @@ from laconic.pipeline.source_base import all_tensors, first_line, put, tensor_ow
 from laconic.pipeline.source_names import Origin, map_names, meta_reader
 from laconic.pipeline.source_weights import FLOATS, Store, few
 
-__all__ = ["Blueprint", "build"]
+__all__ = ["Blueprint", "build", "initialise", "on_meta"]
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -60,7 +60,7 @@ def build(cls: Any, config: Any, dtype: torch.dtype, store: Store, folder: Path)
     Raises:
         BadInput: if config and weight files don't make a complete float model.
     """
-    plan = Blueprint(_on_meta(cls, config, dtype, folder))
+    plan = Blueprint(on_meta(cls, config, dtype, folder))
     model = plan.model
     found, unused = map_names(model, store.names())
     tensors = all_tensors(model)
@@ -73,14 +73,14 @@ def build(cls: Any, config: Any, dtype: torch.dtype, store: Store, folder: Path)
         _check_copies(plan, stored, store, folder)
         plan.stored_as.update(dict.fromkeys(group, stored[0]) if stored else {})
     absent = _absent(plan, tensors, folder)
-    _initialise(model, absent)
+    initialise(model, absent)
     model.tie_weights(recompute_mapping=False)
     _put_back(plan, absent)
     model.eval()
     return plan
 
 
-def _on_meta(cls: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:
+def on_meta(cls: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:
     """The model on meta, untied, each tensor in the dtype in which `from_pretrained` would load it."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -206,7 +206,7 @@ def _absent(plan: Blueprint, tensors: dict[str, Tensor], folder: Path) -> list[s
     return lacking
 
 
-def _initialise(model: Any, absent: list[str]) -> None:
+def initialise(model: Any, absent: list[str]) -> None:
     """Make real what no file holds (rotary frequencies, position ids), by transformers' own initialisation.
 
     What will be read is marked as initialised, so that nothing is drawn for it, and stays on meta.

@@ -1,7 +1,7 @@
 """Just enough SVG: escaped elements, linear and logarithmic axes, round ticks. Colours are CSS classes.
 
-Charts are drawn here and not by a plotting library so that the page stays small (the smallest bundle that
-plotly's Python package ships is 4.8 MB), follows the reader's light or dark theme, and prints.
+Charts are drawn here and not by a plotting library so that the page stays small (the scripts of such a library take
+megabytes in every report), follows the reader's light or dark theme, and prints.
 """
 
 from __future__ import annotations

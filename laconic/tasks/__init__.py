@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .base import SPLITS, Task
-from .data import TASKS, load_task
+from .bundled import TASKS, own_model
+from .data import load_task
 from .fetch import BUNDLES, PACKAGES, cache_folder, fetch, fetch_package, is_fetched
 from .metrics import ACCURACY, FIDELITY, PERPLEXITY, Comparison, Evaluation, Metric, compare, pair
 from .zoo import MODELS, zoo_source
@@ -27,6 +28,7 @@ __all__ = [
     "fetch_package",
     "is_fetched",
     "load_task",
+    "own_model",
     "pair",
     "zoo_source",
 ]

@@ -141,7 +141,8 @@ def cut(rows: Batch, seq: int | None) -> Batch:
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch, on its own device; without a key-value cache where it knows that option."""
     held = next(chain(model.parameters(), model.buffers()), None)
-    device = torch.device("cpu") if held is None else held.device
+    # On meta the weights come when they are needed, and inputs have to be real.
+    device = torch.device("cpu") if held is None or held.device.type == "meta" else held.device
     if not isinstance(batch, Mapping):
         return model(*(value.to(device) for value in batch))
     known = inspect.signature(model.forward).parameters

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from laconic.errors import BadInput
 
 from .base import disjoint
+from .bundled import own_model
 from .fetch import fetch_package
 from .labels import AccuracyTask
 from .zoo import Example, need
@@ -151,7 +152,7 @@ def load(
         answers,
         classes=CLASSES,
         examples=examples,
-        model_name="cifar-cnn",
+        model_name=own_model("cifar-cnn"),
         seed=seed,
         batch=batch or 100,
     )

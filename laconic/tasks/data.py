@@ -7,7 +7,6 @@ labelled data an accuracy, and everything else is judged by how near its outputs
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from laconic.errors import BadInput
 
 from .base import Batch, Task, call, disjoint, main_output, short
+from .bundled import TASKS
 from .fidelity import FidelityTask
 from .function import FunctionTask, find_function, is_function_name
 from .inputs import array_inputs, image_inputs, text_inputs
@@ -28,13 +28,6 @@ from .readers import FORMATS, Data, read_data
 from .view import ModelView
 
 __all__ = ["TASKS", "load_task"]
-
-TASKS = {
-    "minilm-bbc": "laconic.tasks.minilm_bbc",
-    "cifar-cnn": "laconic.tasks.cifar_cnn",
-    "smollm-moby": "laconic.tasks.smollm_moby",
-    "tiny-lm": "laconic.tasks.tiny_lm",
-}
 
 AT_LEAST = 10  # examples, or windows of text
 SHARES = {"calibrate": 0.2, "select": 0.2, "verify": 0.6}
@@ -82,7 +75,7 @@ def load_task(
     text, path = os.fspath(data), Path(data).expanduser()
     if text in TASKS:
         _no_columns(columns, text)
-        return importlib.import_module(TASKS[text]).load(seed=seed, batch=batch, seq=seq, cache=cache)
+        return TASKS[text].load(seed=seed, batch=batch, seq=seq, cache=cache)
     if path.exists():
         if source is None:
             raise BadInput(f"{text} is data for a model, and none was given: name the model")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import Batch, Progress, Task, call, disjoint, main_output, quietly, short
+from .bundled import own_model
 from .fetch import fetch_package
 from .metrics import Evaluation, Metric
 
@@ -102,7 +103,7 @@ class MiniLMBBC(Task):
     def __init__(
         self, texts, labels, topics, tokenizer, *, per_topic=PER_TOPIC, seq=TOKENS, seed=0, batch=32
     ):
-        super().__init__("minilm-bbc", P_AT_1, model_name="minilm", seed=seed, batch=batch)
+        super().__init__("minilm-bbc", P_AT_1, model_name=own_model("minilm-bbc"), seed=seed, batch=batch)
         drawn = {"calibrate": per_topic * len(topics), "select": per_topic * len(topics), "verify": -1}
         self.texts, self.labels, self.topics, self.tokenizer, self.seq = texts, labels, topics, tokenizer, seq
         self.indices = disjoint(len(texts), drawn, seed, labels)

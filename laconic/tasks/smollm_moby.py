@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .base import quietly
+from .bundled import own_model
 from .fetch import fetch_package
 from .language import PerplexityTask, spread_windows
 
@@ -59,7 +60,7 @@ def load(
         windows,
         tokenizer=tokenizer,
         vocabulary=len(tokenizer),
-        model_name="smollm",
+        model_name=own_model("smollm-moby"),
         seed=seed,
         batch=batch,
     )

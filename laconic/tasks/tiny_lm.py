@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .base import quietly
+from .bundled import own_model
 from .fetch import PACKAGES, cache_folder, fetch_package, publish
 from .language import PerplexityTask, spread_windows
 from .zoo import load_tokenizer
@@ -346,7 +347,7 @@ def load(
         windows,
         tokenizer=tokenizer,
         vocabulary=recipe.vocabulary,
-        model_name="tiny-lm",
+        model_name=own_model("tiny-lm"),
         seed=seed,
         batch=batch,
     )

@@ -53,6 +53,65 @@ def test_the_optimum(tables: list, budget: int) -> None:
     assert choice == allocate(cost, size, budget)
 
 
+# Costs over 24 orders of magnitude, sizes of parameters in bytes: what a network has.
+wide_option = st.tuples(
+    st.integers(0, 10**9), st.tuples(st.integers(1, 999), st.integers(-40, 40)).map(lambda c: math.ldexp(*c))
+)
+wide_units = st.lists(st.lists(wide_option, min_size=2, max_size=4), min_size=2, max_size=5)
+WITHIN = 1 + 2e-6  # the gap that was asked for, and the solver's own rounding
+
+
+def excess(cost: list, choice: list[int]) -> float:
+    return math.fsum(row[o] - min(row) for row, o in zip(cost, choice, strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(wide_units, st.floats(0, 1), st.floats(0, 1))
+def test_within_the_gap_and_monotone_in_the_budget_whatever_the_magnitudes(
+    tables: list, one: float, other: float
+) -> None:
+    cost, size = split(tables)
+    least, most = sum(min(row) for row in size), sum(max(row) for row in size)
+    choices = [list(choice) for choice in itertools.product(*(range(len(table)) for table in cost))]
+    found = []
+    for share in sorted((one, other)):
+        budget = least + share * (most - least)
+        choice = allocate(cost, size, budget)
+        assert totals(cost, size, choice)[0] <= budget
+        best = min(excess(cost, c) for c in choices if totals(cost, size, c)[0] <= budget)
+        found.append(excess(cost, choice))
+        assert found[-1] <= best * WITHIN
+    assert found[1] <= found[0] * WITHIN
+
+
+@settings(max_examples=30, deadline=None)
+@given(units, st.floats(0, 1), st.sampled_from((-900, -60, 60, 900)))
+def test_the_unit_of_costs_does_not_matter(tables: list, share: float, exponent: int) -> None:
+    cost, size = split(tables)
+    if any(min(row) == math.inf for row in cost):
+        return
+    budget = sum(min(row) for row in size) * (1 - share) + sum(max(row) for row in size) * share
+    scaled = [[math.ldexp(c, exponent) for c in row] for row in cost]
+    try:
+        want = allocate(cost, size, budget)
+    except Impossible:  # the smallest option of a unit is not allowed
+        with pytest.raises(Impossible):
+            allocate(scaled, size, budget)
+        return
+    assert allocate(scaled, size, budget) == want
+
+
+def test_monotone_on_a_network_where_one_unit_costs_a_million_times_the_others() -> None:
+    cost, size, _ = large(60)
+    cost = [[c * 10.0 ** -(u % 13) for c in row] for u, row in enumerate(cost)]
+    least, most = sum(row[0] for row in size), sum(row[-1] for row in size)
+    found = [
+        excess(cost, allocate(cost, size, least + share / 12 * (most - least), node_limit=20_000)) for share in range(13)
+    ]
+    assert found[-1] == 0.0
+    assert all(later <= earlier * WITHIN for earlier, later in itertools.pairwise(found))
+
+
 @settings(max_examples=60, deadline=None)
 @given(units)
 def test_the_frontier_is_the_lower_hull(tables: list) -> None:

@@ -406,6 +406,30 @@ def test_what_is_changed_in_place_is_not_a_pair(how: str) -> None:
     assert structure.batchnorm_pairs == [("second", "second_bn")]
 
 
+class OtherAxes(nn.Module):
+    """Batch norms over an axis that is as long as the output channels of the layer before it, and another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.tokens_bn = nn.Linear(8, 6), nn.BatchNorm1d(6)  # on (batch, 6 tokens, 8)
+        self.rows, self.rows_bn = nn.Linear(6, 6), nn.BatchNorm1d(6)  # on (rows, 6)
+        self.picture, self.picture_bn = nn.Conv2d(3, 6, 1), nn.BatchNorm1d(6)  # on (3, 6, 5), without a batch
+        self.series, self.series_bn = nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6)  # on (batch, 3, 5)
+
+    def forward(self, x: Tensor, picture: Tensor, series: Tensor) -> tuple[Tensor, ...]:
+        """(batch, 6, 8), (3, 6, 5), (batch, 3, 5) -> what each batch norm makes."""
+        tokens = self.tokens_bn(self.tokens(x))
+        rows = self.rows_bn(self.rows(tokens.flatten(0, 1)))
+        return rows, self.picture_bn(self.picture(picture)), self.series_bn(self.series(series))
+
+
+@pytest.mark.parametrize("how", ["export", "hooks"])
+def test_a_batch_norm_over_another_axis_is_not_a_pair(how: str) -> None:
+    inputs = (torch.randn(2, 6, 8), torch.randn(3, 6, 5), torch.randn(2, 3, 5))
+    structure = Structure.build(OtherAxes(), (inputs, {}), how=how)
+    assert structure.batchnorm_pairs == [("rows", "rows_bn"), ("series", "series_bn")]
+
+
 # --- blocks -----------------------------------------------------------------------------------------
 
 

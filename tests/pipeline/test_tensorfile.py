@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import laconic.pipeline.tensorfile as tensorfile
 from laconic.errors import BadInput, LaconicError
-from laconic.pipeline.tensorfile import _DTYPES, TensorReader, TensorWriter, file_layout
+from laconic.pipeline import tensorfile_reader, tensorfile_writer
+from laconic.pipeline.tensorfile import TensorReader, TensorWriter, file_layout
+from laconic.pipeline.tensorfile_format import DTYPES
 
-DTYPES = list(_DTYPES.values())
+DTYPES = list(DTYPES.values())
 
 
 def tensor_of(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -85,7 +86,7 @@ def test_reads_are_fresh_memory(tmp_path):
 
 
 def test_digest_is_streamed_and_knows_dtype_and_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorfile, "CHUNK", 7)
+    monkeypatch.setattr(tensorfile_reader, "CHUNK", 7)
     base = torch.arange(30, dtype=torch.int32)
     save_file(
         {"a": base, "b": base.reshape(5, 6).clone(), "c": base.clone().view(torch.float32)},
@@ -338,7 +339,7 @@ def test_names_that_cannot_be(names):
 
 def test_full_disk_is_found_up_front(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(tensorfile.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(tensorfile_writer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BadInput, match=r"is full: t needs \d{5} bytes and 1000 are free; make room"):
         TensorWriter(tmp_path / "t", [("w", torch.float32, (3000,))])
     assert not (tmp_path / "t").exists()
@@ -349,12 +350,12 @@ def test_full_disk_while_reserving_and_writing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tensorfile.os, "posix_fallocate", full)
+        patched.setattr(tensorfile_writer.os, "posix_fallocate", full)
         with pytest.raises(BadInput, match="is full: t needs"):
             TensorWriter(tmp_path / "t", SPECS)
         assert not (tmp_path / "t").exists()
     writer = TensorWriter(tmp_path / "t", SPECS)
-    monkeypatch.setattr(tensorfile.os, "pwrite", full)
+    monkeypatch.setattr(tensorfile_writer.os, "pwrite", full)
     with pytest.raises(BadInput, match="is full: t needs"):
         writer.write("big", tensor_of(torch.int32, 16, 8))
     writer.abandon()
@@ -364,7 +365,7 @@ def test_without_fallocate(tmp_path, monkeypatch):
     def unsupported(*args):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(tensorfile.os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(tensorfile_writer.os, "posix_fallocate", unsupported)
     write_all(tmp_path / "a", SPECS)
     assert set(load_file(tmp_path / "a")) >= {name for name, _, _ in SPECS}
 

@@ -1,0 +1,136 @@
+"""Every op of laconic on packed weights, against torch's own operation on the same weights unpacked.
+
+The reference goes by `laconic.numerics` alone: W = s (q - z) as float32, and then the float operation. What runs is
+whatever is registered here, so a broken kernel, or one that was built for another machine, shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laconic.numerics import Int, Scale, Scheme, affine_params, dequantize, quantize
+
+from .packed import PackedParameterSpec, pack_tensors
+
+__all__ = ["CASES", "check_op"]
+
+Op = Callable[..., Tensor]
+Case = tuple[str, Tensor, Tensor]  # what was tried, what the op gave, what is right
+
+# Sums may be taken in another order than torch takes them; this is a part of the largest value of the result.
+TOLERANCE = 1e-4
+
+
+class _Packed(NamedTuple):
+    """A packed matrix, and the float32 matrix (rows, k) that it stands for."""
+
+    scheme: str
+    operands: tuple[Tensor, Tensor, Tensor | None]  # codes, scale, zero
+    weight: Tensor
+
+
+def _matrices(rows: int, k: int) -> Iterator[_Packed]:
+    """A (rows, k) matrix in schemes of every kind of zero point and granularity."""
+    for scheme in (
+        Scheme(Int(8), Scale("channel")),
+        Scheme(Int(5), Scale("tensor"), zero="int"),
+        Scheme(Int(4), Scale("group", group=16, dtype="float16")),
+        Scheme(Int(3), Scale("group", group=5, dtype="float16"), zero="int"),
+        Scheme(Int(2), Scale("group", group=16, dtype="bfloat16"), zero="real"),
+    ):
+        x = _noise(rows, k)
+        scale, zero = affine_params(x, scheme)
+        codes = quantize(x, scale, zero, scheme)
+        stored = pack_tensors(PackedParameterSpec(scheme, (rows, k)), codes, scale, zero)
+        operands = stored["packed"], stored["scale"], stored.get("zero_point", stored.get("zero"))
+        yield _Packed(str(scheme), operands, dequantize(codes, scale, zero, scheme))
+
+
+def _linear(op: Op) -> Iterator[Case]:
+    for packed in _matrices(6, 37):
+        for leading in ((), (3,), (2, 3)):
+            x, bias, residual = _noise(*leading, 37), _noise(6), _noise(*leading, 6)
+            got = op(x, *packed.operands, bias, residual, scheme=packed.scheme, act="silu")
+            yield packed.scheme, got, F.silu(F.linear(x, packed.weight, bias)) + residual
+
+
+def _embedding(op: Op) -> Iterator[Case]:
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    for packed in _matrices(9, 37):
+        got = op(ids, *packed.operands, scheme=packed.scheme, dim=37, dtype=torch.float32)
+        yield packed.scheme, got, F.embedding(ids, packed.weight)
+
+
+def _conv(op: Op) -> Iterator[Case]:
+    for float_conv, kernel in ((F.conv1d, (3,)), (F.conv2d, (3, 2)), (F.conv3d, (1, 2, 3))):
+        n = len(kernel)
+        options = {"stride": (2,) * n, "padding": (1,) * n, "dilation": (1,) * n, "groups": 2}
+        inputs = 3 * 2  # of each group three
+        k = 3 * math.prod(kernel)
+        for packed in _matrices(4, k):
+            x, bias = _noise(2, inputs, *(7,) * n), _noise(4)
+            got = op(x, *packed.operands, bias, scheme=packed.scheme, kernel=kernel, **options)
+            yield f"{n}d, {packed.scheme}", got, float_conv(x, packed.weight.view(4, 3, *kernel), bias, **options)
+
+
+def _experts(op: Op) -> Iterator[Case]:
+    index = torch.tensor([2, 0, 2, 2, 0])  # expert 1 is not picked
+    for packed in _matrices(3 * 6, 37):
+        x, bias, weight = _noise(5, 37), _noise(3, 6), packed.weight.view(3, 6, 37)
+        want = torch.einsum("tk,tok->to", x, weight[index]) + bias[index]
+        yield packed.scheme, op(x, index, *packed.operands, bias, out=6, scheme=packed.scheme), want
+
+
+def _experts_input_grad(op: Op) -> Iterator[Case]:
+    index = torch.tensor([2, 0, 2, 2, 0])
+    for packed in _matrices(3 * 6, 37):
+        grad = _noise(5, 6)
+        want = torch.einsum("to,tok->tk", grad, packed.weight.view(3, 6, 37)[index])
+        yield packed.scheme, op(grad, index, *packed.operands, k=37, scheme=packed.scheme), want
+
+
+def _dequantize(op: Op) -> Iterator[Case]:
+    for rows, k in ((6, 37), (1, 64), (0, 5)):
+        for packed in _matrices(rows, k):
+            got = op(*packed.operands, scheme=packed.scheme, k=k, dtype=torch.float32)
+            yield f"{(rows, k)}, {packed.scheme}", got, packed.weight
+
+
+CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
+    "linear": _linear,
+    "embedding": _embedding,
+    "conv": _conv,
+    "experts": _experts,
+    "experts_input_grad": _experts_input_grad,
+    "dequantize": _dequantize,
+}
+
+
+def check_op(name: str) -> str:
+    """Run `torch.ops.laconic.NAME` on its cases on the CPU, and say what was compared.
+
+    Raises:
+        AssertionError: naming the first case that is wrong, and by how much.
+    """
+    count, worst = 0, 0.0
+    with torch.no_grad():
+        for case, got, want in CASES[name](getattr(torch.ops.laconic, name)):
+            if got.shape != want.shape or got.dtype != want.dtype:
+                raise AssertionError(
+                    f"{case}: {got.dtype} {tuple(got.shape)} where {want.dtype} {tuple(want.shape)} was due"
+                )
+            off = float((got - want).abs().max() / want.abs().max()) if want.numel() else 0.0
+            if not off <= TOLERANCE:  # nan, too
+                raise AssertionError(f"{case}: off by {off:.2g} of the largest value, where {TOLERANCE:.0e} is allowed")
+            count, worst = count + 1, max(worst, off)
+    return f"{count} cases, off by {worst:.1g} of the largest value at most"
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
