@@ -18,6 +18,8 @@ from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
 
 PACK = "pack"
 FOLD = "fold_batchnorm"
+REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
+ACTIONS = (PACK, FOLD, REWRITE)
 
 
 @dataclass
@@ -25,8 +27,9 @@ class Record:
     """One change of a model.
 
     Attributes:
-        action: "pack" (a parameter became packed) or "fold_batchnorm" (a norm went into the layer before it).
-        path: of the parameter, or of the layer that took the norm in.
+        action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it) or "rewrite"
+            (a pass named in `data["pass"]` changed values only).
+        path: of the parameter, of the layer that took the norm in, or of what was rewritten.
         data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold; `method`, `loss` and whatever the pass
             wants to say.
         tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
@@ -45,7 +48,7 @@ class Record:
         rest = {k: v for k, v in data.items() if k not in ("action", "path")}
         try:
             record = Record(str(data["action"]), str(data["path"]), rest)
-            if record.action not in (PACK, FOLD):
+            if record.action not in ACTIONS:
                 raise ValueError(f"action {record.action!r} is not known to this laconic")
             if record.action == PACK:
                 PackedParameterSpec.from_json(rest["spec"])
@@ -69,8 +72,8 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
     for record in records:
         try:
             if record.action == FOLD:
-                _apply_fold(model, record)
-            else:
+                apply_fold(model, record)
+            elif record.action == PACK:
                 _apply_pack(model, record)
         except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
@@ -84,15 +87,17 @@ def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module_path), name
 
 
-def _apply_fold(model: nn.Module, record: Record) -> None:
-    """The structure that folding leaves: the layer has a bias, the norm is gone. Values come from the file."""
+def apply_fold(model: nn.Module, record: Record) -> None:
+    """What folding leaves: the layer has a bias, the norm is gone. Values come from the record, or later from the file."""
     layer: Any = model.get_submodule(record.path)
     weight, norm = layer.weight, record.data["norm"]
     if layer.bias is None:
         outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         layer.bias = nn.Parameter(torch.empty(outputs, dtype=weight.dtype, device=weight.device))
-    parent, _, name = norm.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Identity())
+    with torch.no_grad():
+        for name, value in record.tensors.items():
+            getattr(layer, name).copy_(value)
+    model.set_submodule(norm, nn.Identity().train(model.get_submodule(norm).training))
 
 
 def _apply_pack(model: nn.Module, record: Record) -> None:

@@ -37,6 +37,7 @@ class Unit:
         calls: reads in a forward pass.
         reason: why it can only stay as it is; "" if it can be packed.
         options: schemes it may be stored under, best first. None in `choice` means: as it is.
+        protected: named by --keep or --exclude: its values stay what they are.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Unit:
     calls: int
     reason: str
     options: list[Scheme] = field(default_factory=list)
+    protected: bool = False
 
     @property
     def numel(self) -> int:
@@ -95,7 +97,7 @@ def find_units(
             if not hit:
                 raise BadInput(f"{flag} {pattern!r} matches no parameter; `laconic inspect` lists them")
             for unit in hit:
-                unit.reason, unit.options = f"named by {flag} {pattern}", []
+                unit.reason, unit.options, unit.protected = f"named by {flag} {pattern}", [], True
     return units
 
 

@@ -20,12 +20,15 @@ norm costs neither bytes nor time. Not for models that will be trained further i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from laconic.core.card import Card
+from laconic.core.passes import Context, Decision
+from laconic.core.record import FOLD, Record, apply_fold
 from laconic.core.structure import Structure
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,6 +68,33 @@ def fold_batchnorm(model: nn.Module, conv: str, bn: str) -> None:
         else:
             layer.bias.copy_(bias)
     model.set_submodule(bn, nn.Identity().train(norm.training))
+
+
+class FoldBatchNorm:
+    """The pass: every batch norm that alone reads a layer's output goes into that layer."""
+
+    id: ClassVar = "fold_batchnorm"
+    stage: ClassVar = "fold"
+    scope: ClassVar = "module"
+    needs: ClassVar = frozenset({"float"})
+
+    def plan(self, structure: Structure, model: nn.Module) -> Decision:
+        """Layer -> the norm that goes into it; norm -> why it cannot."""
+        found = foldable(structure, model)
+        return Decision(
+            {fold.conv: {"norm": fold.bn} for fold in found if not fold.reason},
+            {fold.bn: fold.reason for fold in found if fold.reason},
+        )
+
+    def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
+        """w' and b' of the layer at `path`."""
+        norm = decision.units[path]["norm"]
+        weight, bias = folded(ctx.model.get_submodule(path), ctx.model.get_submodule(norm))
+        return Record(FOLD, path, {"norm": norm}, {"weight": weight.detach(), "bias": bias.detach()})
+
+    def apply(self, model: nn.Module, record: Record) -> None:
+        """Give the layer its values and take the norm away."""
+        apply_fold(model, record)
 
 
 def fold_shapes(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
@@ -119,3 +149,19 @@ def _refusal(model: nn.Module, conv: str, bn: str) -> str:
     if any(m._forward_hooks or m._forward_pre_hooks for m in (layer, norm)):
         return "forward hooks look at what lies between the two: remove them first"
     return ""
+
+
+CARD = Card(
+    id="fold_batchnorm",
+    title="Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+    authors="Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko",
+    year=2017,
+    source="arXiv 1712.05877, section 3.2; the folding itself is folklore",
+    family="norm",
+    summary="Folds a batch norm into the convolution or linear layer before it, so that it costs nothing at inference.",
+    objects={"FoldBatchNorm": "Pass"},
+    traits={"FoldBatchNorm": ("exact",)},
+    use="Always, before the weights of a trained convolutional network are quantized.",
+    avoid="Models that go on training in training mode, where batch norm depends on its batch.",
+    composes=("rtn", "gptq", "bias_correction"),
+)

@@ -7,7 +7,9 @@ The cost of storing unit W as W^ is the second-order change of the output, with 
 where f is the output on calibration data and v random with the covariance that matters: signs on a plain output (the
 expected squared change of f), and, for logits, the gradient of the cross-entropy of a label sampled from the model itself
 (the expected KL divergence to the float model: the Fisher information). One backward pass a batch gives F of every
-weight; an option then costs one rounding and no forward. Without data F_w = 1 / mean(w^2): relative weight error.
+weight; an option then costs one rounding and no forward. Where the model does not fit in memory, F of a linear layer is the
+mean square of the weight's input column over the mean square of the layer's outputs: relative output error, layer by layer.
+Without data F_w = 1 / mean(w^2): relative weight error.
 """
 
 from __future__ import annotations
@@ -19,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.allocate import allocate
+from laconic.core.units import Unit
 from laconic.nn import matrix_view
 from laconic.numerics import ScaleOutOfRange, Scheme, affine_params, dequantize, quantize
-
-from .units import Unit
 
 Progress = Callable[[int, int], None]
 SAMPLE = 1 << 20  # elements of a unit whose rounding error is measured; larger units are sampled by whole rows
@@ -38,7 +39,7 @@ def fisher(
 ) -> dict[str, Tensor]:
     """F of every unit that can be packed, float32 in the parameter's shape."""
     wanted = {u.name: model.get_parameter(u.name) for u in units if u.options}
-    total = {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in wanted.items()}
+    total = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in wanted.items()}
     generator = torch.Generator().manual_seed(seed)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -65,14 +66,16 @@ def _probe(output: Tensor, task: Any, generator: torch.Generator) -> Tensor:
     output = output.float()
     if task.metric.name in ("perplexity", "accuracy") and output.dim() >= 2:
         logits = output.reshape(-1, output.shape[-1])
-        labels = torch.multinomial(torch.softmax(logits.detach(), -1), 1, generator=generator).squeeze(1)
+        # Drawn on the CPU, where the generator lives: the same labels on every device.
+        chances = torch.softmax(logits.detach(), -1).cpu()
+        labels = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(logits.device)
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype).mul_(2).sub_(1)
-    return (output * signs).sum()
+    return (output * signs.to(output.device)).sum()
 
 
 def option_costs(
-    read: Callable[[str], Tensor],
+    read: Callable[[Unit], Tensor],
     weights: dict[str, Tensor] | None,
     units: Sequence[Unit],
     progress: Progress | None = None,
@@ -80,17 +83,27 @@ def option_costs(
     """Cost of every option of every unit (same order as `unit.options`).
 
     An option whose scales do not fit in their type is replaced, in place, by one with float32 scales.
+
+    Args:
+        read: a unit's parameter, or some rows of it.
+        weights: F of units: in the parameter's shape, or (K,) mean squares of input columns. Where a unit has none, and
+            without it, relative weight error counts.
+        units: those that can be packed are judged.
+        progress: is called with (done, total).
     """
     costs: dict[str, list[float]] = {}
     packable = [u for u in units if u.options]
     for number, unit in enumerate(packable):
-        matrix = matrix_view(read(unit.name).detach(), unit.view)
-        f = matrix_view(weights[unit.name], unit.view) if weights is not None else None
-        rows, k = matrix.shape
-        step = max(1, (rows * k) // SAMPLE)
+        matrix = matrix_view(read(unit).detach(), unit.view)
+        step = max(1, matrix.numel() // SAMPLE)
         x = matrix[::step].float()
-        f = f[::step] if f is not None else None
-        power = float(x.square().mean()) or 1.0
+        f = weights.get(unit.name) if weights is not None else None
+        if f is None:
+            f = torch.ones(1, device=x.device) / (float(x.square().mean()) or 1.0)
+        elif f.dim() == 1 and f.numel() == x.shape[1]:
+            f = f.to(x.device) / (float((x.square() @ f.to(x.device)).mean()) / f.numel() or 1.0)
+        else:
+            f = matrix_view(f, unit.view)[::step]
         found = []
         for i, scheme in enumerate(unit.options):
             try:
@@ -99,8 +112,7 @@ def option_costs(
                 scheme = unit.options[i] = scheme.with_(dtype="float32")
                 scale, zero = affine_params(x, scheme, unit.name)
             error = dequantize(quantize(x, scale, zero, scheme), scale, zero, scheme).sub_(x).square_()
-            cost = float((error * f).sum()) if f is not None else float(error.sum()) / power
-            found.append(cost * step)
+            found.append(float((error * f).sum()) * unit.numel / max(1, x.numel()))
         costs[unit.name] = found
         if progress:
             progress(number + 1, len(packable))

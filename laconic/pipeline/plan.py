@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from laconic.core.structure import Structure
+from laconic.core.units import Unit
 from laconic.errors import Impossible
 from laconic.nn import storage_names
 from laconic.numerics import Scheme
@@ -17,7 +18,6 @@ from laconic.numerics import Scheme
 from .budget import Budget
 from .source_base import Source, stored_names
 from .tensorfile import FileLayout, file_layout
-from .units import Unit
 
 RUNTIME = 450 << 20  # resident bytes of Python, torch and transformers before any model
 SPEED = 4e10  # multiply-adds a second that a plan assumes; the report has the measured time

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from laconic.core.passes import Stage, misplaced
+from laconic.core.units import BITS
 from laconic.errors import BadInput
 from laconic.numerics import Scheme
 
-from .units import BITS
-
-# Stages in the only order that keeps what each needs; a pass declares its stage, a recipe is checked against them.
-STAGES = {"fold_batchnorm": ("fold and clean", 0), "quantize": ("quantize", 3)}
+STAGES: dict[str, Stage] = {
+    "fold_batchnorm": "fold", "smoothquant": "rewrite", "quantize": "quantize", "bias_correction": "repair",
+}  # fmt: skip
 
 
 class FoldBatchNorm(BaseModel):
@@ -23,6 +24,21 @@ class FoldBatchNorm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     action: Literal["fold_batchnorm"] = Field("fold_batchnorm", alias="pass")
+
+
+class SmoothQuant(BaseModel):
+    """Move outliers of activations from norms into the weights that read them. Needs data."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["smoothquant"] = Field("smoothquant", alias="pass")
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+class BiasCorrection(BaseModel):
+    """Let biases take up the mean of what rounding changed; kept where the select split does not get worse by it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["bias_correction"] = Field("bias_correction", alias="pass")
 
 
 class Quantize(BaseModel):
@@ -50,7 +66,8 @@ class Quantize(BaseModel):
         return units
 
 
-Pass = Annotated[FoldBatchNorm | Quantize, Field(discriminator="action")]
+Step = FoldBatchNorm | SmoothQuant | Quantize | BiasCorrection
+Pass = Annotated[Step, Field(discriminator="action")]
 
 
 class Recipe(BaseModel):
@@ -58,38 +75,43 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
-    passes: list[Pass] = [FoldBatchNorm(), Quantize()]
+    passes: list[Pass] = [FoldBatchNorm(), Quantize(), BiasCorrection()]
 
     @field_validator("passes")
     @classmethod
-    def _in_order(cls, passes: list[FoldBatchNorm | Quantize]) -> list[FoldBatchNorm | Quantize]:
-        last, names = -1, []
-        for step in passes:
-            stage, place = STAGES[step.action]
-            if step.action in names:
-                raise ValueError(f"{step.action} stands twice")
-            if place < last:
-                raise ValueError(
-                    f"{step.action} ({stage}) stands after {names[-1]}: folding needs float weights, so it comes first"
-                )
-            last = place
-            names.append(step.action)
+    def _in_order(cls, passes: list[Step]) -> list[Step]:
+        wrong = misplaced([(step.action, STAGES[step.action]) for step in passes])
+        if wrong:
+            raise ValueError(wrong)
         return passes
 
     @property
     def fold(self) -> bool:
+        """Whether batch norms are folded."""
         return any(isinstance(step, FoldBatchNorm) for step in self.passes)
 
     @property
+    def smooth(self) -> float | None:
+        """SmoothQuant's alpha, or None."""
+        return next((step.alpha for step in self.passes if isinstance(step, SmoothQuant)), None)
+
+    @property
+    def correct_biases(self) -> bool:
+        """Whether biases take up the mean of rounding errors."""
+        return any(isinstance(step, BiasCorrection) for step in self.passes)
+
+    @property
     def quantize(self) -> Quantize | None:
+        """How parameters are packed, or None."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
-    def with_units(self, decision: dict[str, Scheme | None], method: str) -> Recipe:
-        """The same recipe with every choice written out."""
+    def with_units(self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True) -> Recipe:
+        """The same recipe with every choice written out, without a bias correction that was not kept."""
         step = self.quantize or Quantize()
         units = {name: str(s) if s is not None else None for name, s in decision.items()}
         fixed = step.model_copy(update={"units": units, "method": method})
-        return Recipe(passes=[p for p in self.passes if isinstance(p, FoldBatchNorm)] + [fixed])
+        kept = [p for p in self.passes if correct_biases or not isinstance(p, BiasCorrection)]
+        return Recipe(passes=[fixed if isinstance(p, Quantize) else p for p in kept])
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(by_alias=True), sort_keys=False, width=200)

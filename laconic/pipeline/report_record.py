@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from laconic.core.record import FOLD, Record
+from laconic.core.record import PACK, Record
 from laconic.kernels import native
 from laconic.numerics import Scheme
 from laconic.tasks import Comparison, Evaluation
@@ -14,14 +14,14 @@ from laconic.tasks import Comparison, Evaluation
 from .measure import machine, peak_rss, versions
 
 if TYPE_CHECKING:
-    from .compress import _Run
+    from .run import Run
     from .workspace import Workspace
 
 CHANGED = 24  # examples shown whose answer changed
 
 
 def build_record(
-    run: _Run,
+    run: Run,
     workspace: Workspace,
     decision: Mapping[str, Scheme | None],
     records: list[Record],
@@ -31,12 +31,10 @@ def build_record(
     latency: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that was measured, and the verdict."""
-    from .compress import _interval
-
     ground, task, budget = run.ground, run.task, run.budget
-    before: Evaluation | None = getattr(run, "before", None)
+    before: Evaluation | None = run.before
     metric = task.metric if task else None
-    low, high = _interval(found, metric) if found else (None, None)
+    low, high = run.interval(found) if found else (None, None)
     unit = "points" if metric is not None and metric.bounded else "%"
     size_ok = run.ceiling is None or run.size_after <= run.ceiling
     drop_ok = budget.drop is None or (found is not None and found.drop <= budget.drop)
@@ -95,9 +93,8 @@ def build_record(
     }  # fmt: skip
 
 
-def _units(run: _Run, decision: Mapping[str, Scheme | None], records: list[Record]) -> list[dict[str, Any]]:
-    packed = {r.path: r for r in records if r.action != FOLD}
-    histograms = getattr(run, "histograms", {})
+def _units(run: Run, decision: Mapping[str, Scheme | None], records: list[Record]) -> list[dict[str, Any]]:
+    packed = {r.path: r for r in records if r.action == PACK}
     rows = {row["name"]: row for row in run.ledger}
     found = []
     for unit in run.ground.units:
@@ -110,7 +107,7 @@ def _units(run: _Run, decision: Mapping[str, Scheme | None], records: list[Recor
                 "bits": scheme.bits if scheme else 8 * unit.dtype.itemsize, "bytes_before": unit.nbytes,
                 "bytes_after": rows[unit.name]["bytes"], "method": record.data["method"] if record else None,
                 "loss": loss if loss is None or math.isfinite(loss) else None, "reason": rows[unit.name]["reason"],
-                "calls": unit.calls, **histograms.get(unit.name, {"histogram": None, "activation": None}),
+                "calls": unit.calls, **run.histograms.get(unit.name, {"histogram": None, "activation": None}),
             }
         )  # fmt: skip
     return found
@@ -123,7 +120,7 @@ def _changed(before: Evaluation | None, after: Evaluation | None) -> list[dict[s
     return [{"example": e, "before": str(b), "after": str(a)} for e, b, a in rows if b != a][:CHANGED]
 
 
-def _notes(run: _Run) -> list[str]:
+def _notes(run: Run) -> list[str]:
     notes = list(run.ground.source.notes) + list(run.ground.structure.notes) + run.notes
     if run.ground.structure.how != "export":
         notes.append(f"structure was found by hooks, because {run.ground.structure.why}")
@@ -131,7 +128,7 @@ def _notes(run: _Run) -> list[str]:
         notes.append(f"{len(run.ground.folded)} batch norms were folded into the layer before them")
     if run.ground.streamed:
         notes.append(
-            "the float model does not fit under --max-ram: weights were rounded to nearest one by one, and figures that "
+            "the float model does not fit under --max-ram: weights passed through memory layer by layer, and figures that "
             "need the whole float model are missing"
         )
     if run.task is None:

@@ -1,18 +1,18 @@
-"""Solving: from a float model and a decision to packed tensors, unit by unit, each kept as soon as it is done.
+"""Solving: from a float model and a decision to packed tensors, unit by unit, each kept on disk as soon as it is done.
 
-Units are solved in the order of the forward pass, each with the inputs that the *already compressed* layers before it
-give. A stage is a set of units solved on one collection of inputs: a block of the repeated chain that `Structure` found,
-or a few layers elsewhere.
+Units without use for data are rounded to nearest, some rows at a time. The others are solved in the order of the forward
+pass (`walk`), each with the inputs that the *already compressed* layers before it give: by GPTQ, and where the layer has a
+bias, that takes up the mean of what rounding changed.
 
-- In the chain, activations are carried from block to block: one float pass to collect Hessians, one compressed pass to
-  move on. Whether a model really is such a chain is tried on the first batch, not assumed.
-- Elsewhere the model runs from its start once per stage.
+A model that does not fit under `--max-ram` takes the same road with its weights and activations on disk (`residency`);
+layers outside its chain of blocks, and those whose Hessian is too large, are rounded to nearest there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,22 +20,20 @@ from torch import Tensor, nn
 
 from laconic.core.record import PACK, Record, owner_of
 from laconic.core.structure import Structure
+from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors, restore_view
-from laconic.numerics import Scheme, dequantize
-from laconic.quant import Hessian, gptq_matrix, round_to_nearest, tune, tune_scales
+from laconic.numerics import Scheme
+from laconic.quant import Hessian, Matrix, bias_correction, solve_calibrated
 
-from .units import Unit
+from .residency import InMemory, Streamed
+from .source import Source
+from .stream import round_rows
+from .walk import Chain, Columns, Inputs, call_order, first_rows, run_all
 from .workspace import Workspace, digest
 
 Progress = Callable[[int, int, str], None]
 RERUN_STAGES = 12  # at most this many runs from the start for layers outside the chain
-# From here down, scales are searched by squared error and codes refined once more: worth its time only here.
-COARSE_BITS = 2
 GPTQ_BITS = 7  # at 8 bits rounding errors are lost in the noise of everything else
-
-
-class _Stop(Exception):
-    """Ends a forward when what was wanted has been seen."""
 
 
 @dataclass
@@ -43,11 +41,15 @@ class Solving:
     """Everything that solving needs.
 
     Attributes:
-        model: float, in memory; its weights are replaced by what the packed ones stand for as units are solved.
+        model: float, in memory, its weights replaced by what the packed ones stand for as units are solved; or a skeleton.
+        source: of the float tensors of a skeleton; None for a model in memory.
         units: all units; `decision` says which are packed and how.
         base_key: hash of what all data-aware solutions depend on.
         digests: of every unit's float values.
         method: "gptq" or "rtn".
+        correct_biases: whether the biases of solved layers take up the mean of the error.
+        max_ram: bytes for everything, or None.
+        notes: sentences for the report are added here.
     """
 
     model: nn.Module
@@ -60,42 +62,46 @@ class Solving:
     base_key: str
     digests: dict[str, str]
     method: str = "gptq"
+    correct_biases: bool = False
     progress: Progress = lambda done, total, name: None  # noqa: E731
+    source: Source | None = None
+    max_ram: int | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def solve(job: Solving) -> list[Record]:
-    """Records of all packed units, in the model's order."""
+    """Records of all packed units, in the model's order; `data["key"]` names their tensors in the workspace."""
     todo = [u for u in job.units if job.decision.get(u.name) is not None]
     state = _State(job, total=len(todo))
-    aware = [u for u in todo if _method(job, u) == "gptq"]
+    aware = [u for u in todo if job.batches and _looks_at_data(job, u)]
     for unit in todo:
         if unit not in aware:
-            state.finish(unit, "rtn", None)
+            state.round(unit)
     with torch.no_grad():
-        _walk(job, state, aware)
+        if aware and job.source is None:
+            _walk(job, state, aware)
+        elif aware:
+            _walk_streamed(job, state, aware)
     order = {u.name: i for i, u in enumerate(job.units)}
-    return sorted(state.records, key=lambda r: order[r.path])
+    return sorted(state.records.values(), key=lambda r: order[r.path])
 
 
-def solve_one(unit: Unit, scheme: Scheme, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Round one unit to nearest: what is stored, and what is said of it."""
-    matrix = matrix_view(weight.detach(), unit.view)
-    solved = round_to_nearest(matrix, scheme, unit.name)
-    power = float(matrix.float().square().sum(dtype=torch.float64)) or 1.0
-    tensors = pack_tensors(unit.spec(scheme), solved.codes, solved.scale, solved.zero)
-    return tensors, {"method": "rtn", "loss": solved.loss / power}
-
-
-def record_of(unit: Unit, scheme: Scheme, tensors: dict[str, Tensor], said: dict[str, Any]) -> Record:
-    """The record of a solved unit."""
-    data = {"spec": unit.spec(scheme).to_json(), "aliases": list(unit.names[1:]), "op": unit.op, **said}
-    return Record(PACK, unit.name, data, tensors)
-
-
-def _method(job: Solving, unit: Unit) -> str:
+def _looks_at_data(job: Solving, unit: Unit) -> bool:
     scheme = job.decision[unit.name]
     fits = unit.op in ("linear", "conv") and len(unit.names) == 1 and scheme is not None and scheme.bits <= GPTQ_BITS
-    return "gptq" if job.method == "gptq" and fits else "rtn"
+    return fits and (job.method == "gptq" or _bias(job, unit) is not None)
+
+
+def _bias(job: Solving, unit: Unit) -> str | None:
+    """Name of the bias that may take up what rounding a unit shifts."""
+    name = f"{owner(unit)}.bias".lstrip(".")
+    module = job.model.get_submodule(owner(unit))
+    mine = {n: u for u in job.units for n in u.names}.get(name)
+    if not job.correct_biases or mine is None or mine.protected or len(mine.names) > 1:
+        return None
+    if job.decision.get(name) is not None:
+        return None
+    return name if isinstance(getattr(module, "bias", None), Tensor) else None
 
 
 class _State:
@@ -103,301 +109,282 @@ class _State:
 
     def __init__(self, job: Solving, total: int):
         self.job, self.total = job, total
-        self.records: list[Record] = []
+        self.records: dict[str, Record] = {}
         self.chain = ""  # hash over everything solved with data so far: later solutions depend on it
 
     def key(self, unit: Unit, method: str) -> str:
         """Name of a unit's solution: everything that its bits depend on."""
-        scheme = str(self.job.decision[unit.name])
-        upstream = (self.job.base_key, self.chain) if method == "gptq" else ()
-        return digest("unit", 1, unit.name, scheme, method, self.job.digests[unit.name], *upstream)
+        job = self.job
+        upstream = (job.base_key, self.chain, _bias(job, unit)) if method != "rounded" else ()
+        return digest("unit", 2, unit.name, str(job.decision[unit.name]), method, job.digests[unit.name], *upstream)
 
-    def known(self, unit: Unit, method: str) -> dict[str, Tensor] | None:
-        """The solution of an earlier run, if there is one."""
-        return self.job.workspace.load(self.key(unit, method))
-
-    def finish(self, unit: Unit, method: str, hessian: Hessian | None, key: str | None = None) -> None:
-        """Solve a unit, keep it, and put what it stands for into the model."""
+    def round(self, unit: Unit) -> None:
+        """Round a unit to nearest, some rows at a time."""
         job, scheme = self.job, self.job.decision[unit.name]
         assert scheme is not None
-        key = key or self.key(unit, method)
-        owner, name = owner_of(job.model, unit.name)
-        weight = owner._parameters[name]
-        assert weight is not None
+        key = self.key(unit, "rounded")
         tensors = job.workspace.load(key)
         if tensors is None:
-            if hessian is None:
-                tensors, said = solve_one(unit, scheme, weight)
-            else:
-                tensors, said = _with_hessian(unit, scheme, weight, hessian)
-            tensors["loss"] = torch.tensor(said["loss"], dtype=torch.float64)
+            tensors = round_rows(self._reader(unit), unit, scheme)
             job.workspace.save(key, tensors)
-        tensors = dict(tensors)
-        said = {"method": method, "loss": float(tensors.pop("loss"))}
-        record = record_of(unit, scheme, tensors, said)
-        weight.data.copy_(value_of(record).to(weight.dtype))
-        self.records.append(record)
+        self._keep(unit, "rtn", key, tensors)
+
+    def finish(self, units: Sequence[Unit], keys: dict[str, str], stats: Hessian | Columns | None) -> None:
+        """Keep what an earlier run left of `units`, which read the same inputs, and solve the rest."""
+        job = self.job
+        found = {u.name: job.workspace.load(keys[u.name]) for u in units}
+        missing = [u for u in units if found[u.name] is None]
+        if missing:
+            assert stats is not None
+            mean = stats.mean.cpu()
+            if job.method == "gptq" and isinstance(stats, Hessian):
+                weights = [matrix_view(job.model.get_parameter(u.name).detach(), u.view) for u in missing]
+                wanted = [
+                    Matrix(u.name, w, s)
+                    for u, w in zip(missing, weights, strict=True)
+                    if (s := job.decision[u.name]) is not None
+                ]
+                solved = solve_calibrated(wanted, stats)
+                del weights, wanted
+                for unit, one in zip(missing, solved, strict=True):
+                    scheme = job.decision[unit.name]
+                    assert scheme is not None
+                    tensors = pack_tensors(unit.spec(scheme), one.solved.codes, one.solved.scale, one.solved.zero)
+                    tensors["loss"] = torch.tensor(one.loss, dtype=torch.float64)
+                    found[unit.name] = self._save(unit, keys[unit.name], tensors, mean)
+            else:
+                for unit in missing:
+                    scheme = job.decision[unit.name]
+                    assert scheme is not None
+                    tensors = round_rows(self._held(unit), unit, scheme)
+                    found[unit.name] = self._save(unit, keys[unit.name], tensors, mean)
+        for unit in units:
+            self._keep(unit, job.method, keys[unit.name], found[unit.name] or {})
+
+    def _save(self, unit: Unit, key: str, tensors: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Keep a solution, with the corrected bias where there is one."""
+        bias = _bias(self.job, unit)
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        if bias is not None:
+            scheme = self.job.decision[unit.name]
+            assert scheme is not None
+            weight = matrix_view(self.job.model.get_parameter(unit.name).detach(), unit.view).cpu()
+            value = matrix_view(Packed(self._record(unit, "", key, {}), tensors).value(), unit.view)
+            old = self.job.model.get_parameter(bias).detach().cpu()
+            tensors["bias"] = bias_correction(mean, weight, value, old)
+        self.job.workspace.save(key, tensors)
+        return tensors
+
+    def _keep(self, unit: Unit, method: str, key: str, tensors: dict[str, Tensor]) -> None:
+        """Put what a solution stands for into the model, and remember its record."""
+        job = self.job
+        said: dict[str, Any] = {"method": method, "loss": float(tensors["loss"]), "key": key}
+        if "bias" in tensors:
+            said["bias"] = _bias(job, unit)
+        record = self.records[unit.name] = self._record(unit, method, key, said)
+        parameter = owner_of(job.model, unit.name)[0]._parameters[unit.name.rpartition(".")[2]]
+        assert parameter is not None
+        if parameter.device.type != "meta":
+            parameter.data.copy_(Packed(record, tensors).value())
+            if "bias" in tensors:
+                job.model.get_parameter(said["bias"]).data.copy_(tensors["bias"])
         job.progress(len(self.records), self.total, unit.name)
 
+    def _record(self, unit: Unit, method: str, key: str, said: dict[str, Any]) -> Record:
+        scheme = self.job.decision[unit.name]
+        assert scheme is not None
+        data = {"spec": unit.spec(scheme).to_json(), "aliases": list(unit.names[1:]), "op": unit.op, **said}
+        return Record(PACK, unit.name, data)
 
-def value_of(record: Record) -> Tensor:
-    """float32 parameter that a pack record stands for."""
-    from laconic.kernels.ops import dequantize_rows, unpack_zero
+    def _held(self, unit: Unit) -> Callable[[int, int], Tensor]:
+        parameter = self.job.model.get_parameter(unit.name).detach()
+        return lambda begin, end: parameter[begin:end]
 
-    spec, t = record.spec, record.tensors
-    zero = unpack_zero(t.get("zero_point", t.get("zero")), t["scale"].shape[0], spec.scheme)
-    return restore_view(dequantize_rows(t["packed"], t["scale"], zero, spec.scheme, spec.matrix[1]), spec)
-
-
-def _with_hessian(
-    unit: Unit, scheme: Scheme, weight: Tensor, hessian: Hessian
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """GPTQ, then repair: least-squares scales for the codes that it chose, and at few bits the codes once more."""
-    W, H = matrix_view(weight.detach(), unit.view).float(), hessian.matrix
-    coarse = scheme.bits <= COARSE_BITS
-    search = scheme.with_(rule="mse") if coarse else scheme
-    ordered = not coarse and scheme.scale.granularity == "group"
-    solved = gptq_matrix(W, H, search, act_order=ordered, static_groups=ordered, name=unit.name)
-    scale = solved.scale
-    if H.dim() == 2 and coarse:
-        solved = tune(W, H, solved, scheme)
-        scale = solved.scale
-    elif H.dim() == 2:
-        scale = tune_scales(W, H, solved.codes, scale, solved.zero, scheme).scale
-    tensors = pack_tensors(unit.spec(scheme), solved.codes, scale, solved.zero)
-    error = dequantize(solved.codes, scale, solved.zero, scheme).sub_(W)
-    return tensors, {"method": "gptq", "loss": _relative(error, W, H)}
+    def _reader(self, unit: Unit) -> Callable[[int, int], Tensor]:
+        source = self.job.source
+        return self._held(unit) if source is None else lambda begin, end: source.read(unit.name, begin, end)
 
 
-def _relative(error: Tensor, W: Tensor, H: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T): share of the output's energy that is error."""
-    grouped = H.dim() == 3  # a grouped convolution: one Hessian per group of rows
-    pairs = list(zip(error.chunk(len(H)), W.chunk(len(H)), H, strict=True)) if grouped else [(error, W, H)]
-    above = sum(float((e @ h * e).sum()) for e, _, h in pairs)
-    below = sum(float((w @ h * w).sum()) for _, w, h in pairs)
-    return above / below if below > 0 else 0.0
+@dataclass(frozen=True)
+class Packed:
+    """A packed parameter's record and tensors."""
+
+    record: Record
+    tensors: dict[str, Tensor]
+
+    def value(self) -> Tensor:
+        """float32 parameter that it stands for."""
+        return restore_view(self._dequantized(slice(None)), self.record.spec)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some rows of a matrix that is stored by rows."""
+        return self._dequantized(ids)
+
+    def _dequantized(self, rows: Any) -> Tensor:
+        from laconic.kernels.ops import dequantize_rows, unpack_zero
+
+        t, spec = self.tensors, self.record.spec
+        zero = unpack_zero(t.get("zero_point", t.get("zero")), t["scale"].shape[0], spec.scheme)
+        shared = t["scale"].shape[0] != t["packed"].shape[0]  # one scale for the whole tensor
+        scale = t["scale"] if shared else t["scale"][rows]
+        zero = zero if zero is None or shared else zero[rows]
+        return dequantize_rows(t["packed"][rows], scale, zero, spec.scheme, spec.matrix[1])
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A bias that took up the mean of its layer's rounding errors."""
+
+    bias: Tensor
+
+    def value(self) -> Tensor:
+        """The bias."""
+        return self.bias
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Some of its elements."""
+        return self.bias[ids]
 
 
 # --- walking the model ----------------------------------------------------------------------------------------------
 
 
 def _walk(job: Solving, state: _State, aware: list[Unit]) -> None:
-    """Solve data-aware units stage by stage, in the order of the forward pass."""
-    if not aware:
-        return
-    order = _call_order(job, aware)
-    aware = sorted(aware, key=lambda u: order.get(_owner(u), len(order)))
-    never = [u for u in aware if _owner(u) not in order]
-    for unit in never:  # not reached on this data: nothing to learn from
-        state.finish(unit, "rtn", None)
-    aware = [u for u in aware if u not in never]
-    blocks = [b for b in job.structure.blocks if any(_inside(u, b) for u in aware)]
-    chain = _Chain.of(job) if len(blocks) > 1 else None
-    in_chain = [u for u in aware if chain is not None and any(_inside(u, b) for b in job.structure.blocks)]
-    first = min((order[_owner(u)] for u in in_chain), default=-1)
-    before = [u for u in aware if u not in in_chain and (chain is None or order[_owner(u)] < first)]
+    """Solve data-aware units of a model in memory stage by stage, in the order of the forward pass."""
+    order = call_order(job.model, job.task, first_rows(job.batches[0], 1), [owner(u) for u in aware])
+    for unit in [u for u in aware if owner(u) not in order]:  # not reached on this data: nothing to learn from
+        state.round(unit)
+    aware = sorted((u for u in aware if owner(u) in order), key=lambda u: order[owner(u)])
+    chain = Chain.find(job.model, job.structure, job.task, job.batches, InMemory())
+    blocks = job.structure.blocks if isinstance(chain, Chain) else ()
+    in_chain = [u for u in aware if any(inside(u, b) for b in blocks)]
+    first = min((order[owner(u)] for u in in_chain), default=len(order))
+    before = [u for u in aware if u not in in_chain and order[owner(u)] < first]
     after = [u for u in aware if u not in in_chain and u not in before]
     for stage in _stages(before):
-        _solve_stage(job, state, stage, lambda modules: _run_all(job, modules))
-    if chain is not None:
-        chain.start()
-        for block in job.structure.blocks:
-            stage = [u for u in in_chain if _inside(u, block)]
-            if stage:
-                _solve_stage(job, state, stage, lambda modules, block=block: chain.run(block, modules))
-            chain.advance(block)
+        _solve_stage(job, state, stage, lambda inputs: run_all(job.model, job.task, job.batches, inputs))
+    if isinstance(chain, Chain) and in_chain:
+        _walk_chain(job, state, chain, in_chain, None)
     for stage in _stages(after):
-        _solve_stage(job, state, stage, lambda modules: _run_all(job, modules))
+        _solve_stage(job, state, stage, lambda inputs: run_all(job.model, job.task, job.batches, inputs))
 
 
-def _solve_stage(job: Solving, state: _State, stage: list[Unit], collect: Callable) -> None:
-    """Collect Hessians for the stage's units and solve them; reuse what an earlier run left."""
-    keys = {u.name: state.key(u, "gptq") for u in stage}
-    missing = [u for u in stage if not (job.workspace.records / f"{keys[u.name]}.safetensors").exists()]
-    hessians = collect({_owner(u): job.model.get_submodule(_owner(u)) for u in missing}) if missing else {}
+def _walk_streamed(job: Solving, state: _State, aware: list[Unit]) -> None:
+    """Solve the units of a skeleton's chain block by block, and round what lies elsewhere."""
+    assert job.source is not None
+    found = find_streamed_chain(job, lambda name: _solved(job, state, name))
+    if isinstance(found, str):
+        job.notes.append(f"the model does not fit under --max-ram and {found}: its layers were rounded to nearest")
+    blocks = job.structure.blocks if isinstance(found, Chain) else ()
+    large = [u for u in aware if any(inside(u, b) for b in blocks) and not _hessian_fits(job, u)]
+    if large:
+        job.notes.append(
+            f"{len(large)} layers were rounded to nearest: the Hessian of {large[0].name} takes more memory than "
+            "--max-ram leaves"
+        )
+    in_chain = [u for u in aware if any(inside(u, b) for b in blocks) and u not in large]
+    for unit in aware:
+        if unit not in in_chain:
+            state.round(unit)
+    if isinstance(found, Chain) and in_chain:
+        _walk_chain(job, state, found, in_chain, job.workspace.activations)
+
+
+def find_streamed_chain(job: Solving, solved: Callable[[str], Packed | Corrected | None]) -> Chain | str:
+    """The chain of a skeleton, or why there is none."""
+    assert job.source is not None
+    residency = Streamed(job.model, job.source, solved)
+    try:
+        return Chain.find(job.model, job.structure, job.task, job.batches, residency)
+    except (RuntimeError, NotImplementedError) as error:  # something reads a tensor of a module that does not run
+        return f"it does not run module by module ({str(error).splitlines()[0]})"
+
+
+def _walk_chain(job: Solving, state: _State, chain: Chain, units: list[Unit], spill: Path | None) -> None:
+    chain.start(spill)
+    for block in chain.blocks:
+        stage = [u for u in units if inside(u, block)]
+        with chain.block(block):
+            if stage:
+                _solve_stage(job, state, stage, lambda inputs, block=block: chain.look(block, inputs))
+
+
+def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[[Inputs], None]) -> None:
+    """Collect statistics for the stage's units and solve them; reuse what an earlier run left."""
+    keys = {u.name: state.key(u, job.method) for u in stage}
+    missing = [u for u in stage if not job.workspace.has(keys[u.name])]
+    full = {owner(u) for u in missing if job.method == "gptq"}
+    stats: dict[str, Hessian | Columns] = {}
+    if missing:
+        inputs = Inputs({owner(u): job.model.get_submodule(owner(u)) for u in missing}, full)
+        look(inputs)
+        stats = inputs.result()
+        del inputs
+    groups: dict[int, list[Unit]] = {}
     for unit in stage:
-        state.finish(unit, "gptq", hessians.get(_owner(unit)), keys[unit.name])
+        found = stats.get(owner(unit))
+        groups.setdefault(id(found) if found is not None else -1, []).append(unit)
+    for units in groups.values():
+        shared = stats.get(owner(units[0]))
+        for unit in units:
+            stats.pop(owner(unit), None)  # each is given up as soon as it is used: they are large
+        if shared is None:  # all of them known, or not reached on this data
+            for unit in units:
+                if job.workspace.has(keys[unit.name]):
+                    state.finish([unit], keys, None)
+                else:
+                    state.round(unit)
+        else:
+            state.finish(units, keys, shared)
     state.chain = digest(state.chain, sorted(keys.values()))
 
 
-class _Collector:
-    """Hooks that add the inputs of modules to Hessians; modules that read the same tensor share one."""
-
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules = modules
-        self.leader: dict[str, str] = {}
-        self.hessians: dict[str, Hessian] = {}
-        self._seen: list[tuple[Tensor, str]] = []
-
-    def __enter__(self) -> _Collector:
-        self._handles = [
-            m.register_forward_pre_hook(
-                lambda mod, args, kwargs, path=path: self._add(path, mod, args, kwargs), with_kwargs=True
-            )
-            for path, m in self.modules.items()
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._seen.clear()
-
-    def next_batch(self) -> None:
-        """Forget the tensors of the last run."""
-        self._seen.clear()
-
-    def _add(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        conv = isinstance(module, nn.modules.conv._ConvNd)
-        if not conv:
-            same = next((p for t, p in self._seen if t is x), None)
-            if path not in self.leader:
-                self.leader[path] = same if same is not None else path
-            if self.leader[path] != path and self.leader[path] == same:
-                return
-            self.leader[path] = path
-            self._seen.append((x, path))
-        if path not in self.hessians:
-            self.hessians[path] = Hessian.of(module) if conv else Hessian(x.shape[-1])
-        if conv:
-            self.hessians[path].add_conv(x if x.dim() == len(module.kernel_size) + 2 else x[None], module)
-        else:
-            self.hessians[path].add(x)
-
-    def result(self) -> dict[str, Hessian]:
-        """Path -> Hessian, shared ones under every path."""
-        return {p: self.hessians[self.leader.get(p, p)] for p in self.modules if self.leader.get(p, p) in self.hessians}
+def _solved(job: Solving, state: _State, name: str) -> Packed | Corrected | None:
+    """What a tensor has become, read from the workspace."""
+    for record in state.records.values():
+        if name in (record.path, *record.data["aliases"]):
+            return Packed(record, job.workspace.read(record.data["key"]) or {})
+        if record.data.get("bias") == name:
+            return Corrected((job.workspace.read(record.data["key"]) or {})["bias"])
+    return None
 
 
-def _run_all(job: Solving, modules: dict[str, nn.Module]) -> dict[str, Hessian]:
-    with _Collector(modules) as collector:
-        for batch in job.batches:
-            job.task.forward(job.model, batch)
-            collector.next_batch()
-        return collector.result()
+def _hessian_fits(job: Solving, unit: Unit) -> bool:
+    """Whether solving a unit stays under the bound: its Hessian, a factor of it and a copy, beside its block."""
+    from .plan import RUNTIME
+
+    if job.max_ram is None:
+        return True
+    block = next(b for b in job.structure.blocks if inside(unit, b))
+    beside = [u for u in job.units if inside(u, block)]
+    lengths = {u.numel // u.shape[0] for u in beside if len(u.shape) == 2}  # one Hessian each, at least
+    rows, k = unit.shape[0], unit.numel // unit.shape[0]
+    needed = sum(u.nbytes for u in beside) + sum(4 * n * n for n in lengths) + 8 * k * k + 16 * rows * k
+    return RUNTIME + needed < job.max_ram
 
 
-class _Chain:
-    """Activations carried along the repeated blocks."""
+def column_power(job: Solving, units: Iterable[Unit]) -> dict[str, Tensor]:
+    """Mean square of every input column of the chain's units: one pass of the float model, its weights on disk.
 
-    def __init__(self, job: Solving, constant: bool):
-        self.job, self.constant = job, constant
-        self.hidden: list[Tensor] = []
-        self.rest: list[dict[str, tuple[tuple, dict]]] = []
-
-    @classmethod
-    def of(cls, job: Solving) -> _Chain | None:
-        """The chain, if running the blocks one after the other on the first batch gives what the model gives."""
-        blocks = job.structure.blocks
-        if any(job.structure.calls.get(b) != 1 for b in blocks):
-            return None
-        seen, outputs = _capture(job, job.batches[0], blocks, stop_at=None)
-        if set(seen) != set(blocks):
-            return None
-        for previous, block in zip(blocks, blocks[1:], strict=False):
-            if not seen[block][0] or seen[block][0][0] is not _first(outputs[previous]):
-                return None
-        first_args, first_kwargs = seen[blocks[0]]
-        constant = all(
-            _same(seen[b][0][1:], first_args[1:]) and _same(tuple(seen[b][1].items()), tuple(first_kwargs.items()))
-            for b in blocks[1:]
-        )
-        return cls(job, constant)
-
-    def start(self) -> None:
-        """Run every batch up to the chain and keep what its blocks are called with."""
-        blocks = self.job.structure.blocks
-        for batch in self.job.batches:
-            stop = blocks[0] if self.constant else None
-            seen, _ = _capture(self.job, batch, blocks, stop_at=stop)
-            self.hidden.append(seen[blocks[0]][0][0])
-            rest = {b: (a[1:], k) for b, (a, k) in seen.items()}
-            self.rest.append(dict.fromkeys(blocks, rest[blocks[0]]) if self.constant else rest)
-
-    def run(self, block: str, modules: dict[str, nn.Module]) -> dict[str, Hessian]:
-        """Hessians of modules inside a block."""
-        with _Collector(modules) as collector:
-            for number in range(len(self.hidden)):
-                self._call(block, number)
-                collector.next_batch()
-            return collector.result()
-
-    def advance(self, block: str) -> None:
-        """Replace the activations by the block's outputs."""
-        for number in range(len(self.hidden)):
-            self.hidden[number] = _first(self._call(block, number))
-
-    def _call(self, block: str, number: int) -> Any:
-        args, kwargs = self.rest[number][block]
-        return self.job.model.get_submodule(block)(self.hidden[number], *args, **kwargs)
-
-
-def _capture(job: Solving, batch: Any, blocks: Sequence[str], stop_at: str | None) -> tuple[dict, dict]:
-    """Arguments and outputs of every block in one forward (outputs of none where it stops at the first)."""
-    seen: dict[str, tuple[tuple, dict]] = {}
-    outputs: dict[str, Any] = {}
-
-    def before(path: str, args: tuple, kwargs: dict) -> None:
-        seen[path] = (args, kwargs)
-        if path == stop_at:
-            raise _Stop
-
-    def after(path: str, output: Any) -> None:
-        outputs[path] = output
-
-    handles = []
-    for path in blocks:
-        module = job.model.get_submodule(path)
-        handles.append(
-            module.register_forward_pre_hook(lambda m, a, k, path=path: before(path, a, k), with_kwargs=True)
-        )
-        handles.append(module.register_forward_hook(lambda m, a, out, path=path: after(path, out)))
-    try:
-        job.task.forward(job.model, batch)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, outputs
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def _same(a: tuple, b: tuple) -> bool:
-    """Whether two tuples hold the same objects (tensors by identity, nested tuples by members)."""
-    if len(a) != len(b):
-        return False
-    return all(
-        x is y or (isinstance(x, tuple) and isinstance(y, tuple) and _same(x, y)) or (not _has_tensor(x) and x == y)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _has_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and any(_has_tensor(v) for v in x))
-
-
-def _call_order(job: Solving, units: list[Unit]) -> dict[str, int]:
-    """Module path -> place in the forward pass, from the first batch."""
-    order: dict[str, int] = {}
-
-    def note(path: str) -> None:
-        order.setdefault(path, len(order))
-
-    handles = [
-        job.model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: note(path))
-        for path in {_owner(u): None for u in units}
-    ]
-    try:
-        job.task.forward(job.model, job.batches[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order
+    Returns:
+        unit's name -> (K,); nothing where the model is no chain.
+    """
+    chain = find_streamed_chain(job, lambda name: None)
+    wanted = [u for u in units if u.op == "linear"]
+    if isinstance(chain, str):
+        return {}
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        chain.start(job.workspace.activations)
+        for number, block in enumerate(chain.blocks):
+            here = [u for u in wanted if inside(u, block)]
+            with chain.block(block):
+                inputs = Inputs({owner(u): job.model.get_submodule(owner(u)) for u in here}, set())
+                chain.look(block, inputs)
+                stats = inputs.result()
+                found |= {u.name: s.power for u in here if isinstance(s := stats.get(owner(u)), Columns)}
+            job.progress(number + 1, len(chain.blocks), block)
+    return found
 
 
 def _stages(units: list[Unit]) -> list[list[Unit]]:
@@ -406,9 +393,11 @@ def _stages(units: list[Unit]) -> list[list[Unit]]:
     return [units[i : i + length] for i in range(0, len(units), length)]
 
 
-def _owner(unit: Unit) -> str:
+def owner(unit: Unit) -> str:
+    """Path of the module that holds a unit."""
     return unit.name.rpartition(".")[0]
 
 
-def _inside(unit: Unit, block: str) -> bool:
+def inside(unit: Unit, block: str) -> bool:
+    """Whether a unit belongs to a block."""
     return unit.name.startswith(block + ".")

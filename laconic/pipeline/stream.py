@@ -1,50 +1,23 @@
-"""Solving a model that does not fit in memory: one parameter at a time, some rows at a time, rounded to nearest."""
+"""Reading a model's weights some rows at a time: to check them, to judge them by samples, to round them to nearest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from laconic.core.record import Record
+from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors
 from laconic.numerics import Scheme, pack
 from laconic.quant import round_to_nearest
 
-from .plan import Ground
-from .solve import record_of
 from .source import Source, check_finite
-from .units import Unit
-from .workspace import Workspace, digest
 
 CHUNK = 1 << 23  # elements read at a time: 32 MiB of float32
-
-
-def solve_streamed(
-    ground: Ground,
-    decision: Mapping[str, Scheme | None],
-    workspace: Workspace,
-    digests: Mapping[str, str],
-    max_ram: int | None,
-    progress: Callable[[int, int, str], None],
-) -> list[Record]:
-    """Records of all packed units. Their tensors stay on disk: `data["key"]` names them in the workspace."""
-    records = []
-    todo = [u for u in ground.units if decision.get(u.name) is not None]
-    for number, unit in enumerate(todo):
-        scheme = decision[unit.name]
-        assert scheme is not None
-        key = digest("unit", 1, unit.name, str(scheme), "rtn", digests[unit.name])
-        tensors = workspace.load(key)
-        if tensors is None:
-            tensors = _solve_rows(ground, unit, scheme)
-            workspace.save(key, tensors)
-        record = record_of(unit, scheme, {}, {"method": "rtn", "loss": float(tensors["loss"]), "key": key})
-        records.append(record)
-        progress(number + 1, len(todo), unit.name)
-    return records
+SAMPLE = 1 << 20  # elements by which a unit is judged where reading it whole takes too much memory
+PIECES = 16  # places in a parameter that a sample is taken from
 
 
 def check_weights(source: Source) -> None:
@@ -61,28 +34,51 @@ def check_weights(source: Source) -> None:
             check_finite(name, source.read(name, begin, min(begin + step, rows)))
 
 
-def _solve_rows(ground: Ground, unit: Unit, scheme: Scheme) -> dict[str, Tensor]:
-    """Pack a parameter reading some rows at a time (a transposed one, or one with a single scale, is read whole)."""
-    rows, k = unit.spec(scheme).matrix
-    words = torch.empty(unit.spec(scheme).tensors()["packed"][1], dtype=torch.int32)
+def sample(source: Source, unit: Unit) -> Tensor:
+    """About SAMPLE elements of a parameter, as rows from all over it; the whole where it is small or stored transposed."""
+    rows, per_row = unit.shape[0], unit.numel // max(1, unit.shape[0])
+    wanted = max(1, SAMPLE // max(1, per_row))
+    if wanted >= rows or len(unit.shape) < 2 or unit.view == "transposed":
+        return source.read(unit.name)
+    pieces = min(PIECES, wanted)
+    length = wanted // pieces
+    starts = [i * (rows - length) // max(1, pieces - 1) for i in range(pieces)]
+    return torch.cat([source.read(unit.name, begin, begin + length) for begin in starts])
+
+
+def round_rows(read: Callable[[int, int], Tensor], unit: Unit, scheme: Scheme) -> dict[str, Tensor]:
+    """Round a parameter to nearest and pack it, some rows of its first axis at a time.
+
+    One that is stored transposed, or has a single scale, is taken whole.
+
+    Args:
+        read: gives rows [begin, end) of the parameter's first axis.
+        unit: of the parameter.
+        scheme: how to store it.
+
+    Returns:
+        What is stored, and `loss`: the share of the weights' energy that is error.
+    """
+    spec = unit.spec(scheme)
+    k = spec.matrix[1]
+    words = torch.empty(spec.tensors()["packed"][1], dtype=torch.int32)
     scales, zeros, loss, power = [], [], 0.0, 0.0
     whole = unit.view == "transposed" or scheme.scale.granularity == "tensor" or len(unit.shape) < 2
     leading = unit.shape[0]
     step = leading if whole else max(1, CHUNK // max(1, unit.numel // max(1, leading)))
     at = 0
     for begin in range(0, leading, step):
-        value = ground.source.read(unit.name, begin, min(begin + step, leading))
-        matrix = matrix_view(value, unit.view)
+        matrix = matrix_view(read(begin, min(begin + step, leading)), unit.view)
         solved = round_to_nearest(matrix, scheme, unit.name)
-        words[at : at + matrix.shape[0]] = pack(solved.codes, scheme.bits)
+        words[at : at + matrix.shape[0]] = pack(solved.codes, scheme.bits).cpu()
         at += matrix.shape[0]
-        scales.append(solved.scale)
+        scales.append(solved.scale.cpu())
         if solved.zero is not None:
-            zeros.append(solved.zero)
+            zeros.append(solved.zero.cpu())
         loss += solved.loss
         power += float(matrix.float().square().sum(dtype=torch.float64))
     empty = torch.zeros((0, k), dtype=torch.uint8)
-    stored = pack_tensors(unit.spec(scheme), empty, torch.cat(scales), torch.cat(zeros) if zeros else None)
+    stored = pack_tensors(spec, empty, torch.cat(scales), torch.cat(zeros) if zeros else None)
     stored["packed"] = words
     stored["loss"] = torch.tensor(loss / (power or 1.0), dtype=torch.float64)
     return stored

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from laconic.errors import BadInput
 
+from . import interrupt
+
 _done = 0
 
 
@@ -50,6 +52,7 @@ class Workspace:
             raise BadInput(f"{self.out} is not an artifact of laconic, so it is not overwritten; name another folder")
         self._resume = resume
         self.records = self.partial / "records"
+        self.activations = self.partial / "activations"
         self.reused = 0
 
     def open(self, need: int = 0) -> None:
@@ -85,6 +88,10 @@ class Workspace:
         self.reused += found is not None
         return found
 
+    def has(self, key: str) -> bool:
+        """Whether an earlier run solved something under a key."""
+        return (self.records / f"{key}.safetensors").exists()
+
     def read(self, key: str) -> dict[str, Tensor] | None:
         """The tensors kept under a key, or None."""
         path = self.records / f"{key}.safetensors"
@@ -100,6 +107,7 @@ class Workspace:
         """Keep the tensors of a solved unit."""
         write_whole(self.records / f"{key}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
         failpoint("unit")
+        interrupt.check()
 
     def abandon(self) -> None:
         """Remove the folder if no unit was solved in it: there is nothing to resume."""
@@ -109,6 +117,7 @@ class Workspace:
     def finish(self) -> Path:
         """Give the complete folder its final name."""
         shutil.rmtree(self.records, ignore_errors=True)
+        shutil.rmtree(self.activations, ignore_errors=True)
         if self.out.exists():
             old = self.out.with_name(self.out.name + ".old")
             shutil.rmtree(old, ignore_errors=True)

@@ -19,8 +19,14 @@ means, through H: expect less.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from laconic.core.passes import Context, Decision
+from laconic.core.record import REWRITE, Record
+from laconic.core.structure import Structure
 
 
 def bias_correction(mean_x: Tensor, W: Tensor, W_hat: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,3 +54,38 @@ def bias_correction(mean_x: Tensor, W: Tensor, W_hat: Tensor, bias: Tensor | Non
     shift = (W.double() - W_hat.double()).view(groups, -1, W.shape[1]) @ mean.double()[:, :, None]
     old = torch.zeros(W.shape[0], dtype=W.dtype, device=W.device) if bias is None else bias.detach()
     return (old.double() + shift.reshape(-1)).to(old.dtype)
+
+
+class BiasCorrection:
+    """The pass: corrects the bias of every linear layer and convolution that has one, after its weight was rounded."""
+
+    id: ClassVar = "bias_correction"
+    stage: ClassVar = "repair"
+    scope: ClassVar = "module"
+    needs: ClassVar = frozenset({"data"})
+
+    def plan(self, structure: Structure, model: nn.Module) -> Decision:
+        """Layer -> its weight; layer -> why it is left alone."""
+        units, skipped = {}, {}
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                if module.bias is None:
+                    skipped[path] = "it has no bias to correct"
+                else:
+                    units[path] = {"weight": structure.name_of(f"{path}.weight")}
+        return Decision(units, skipped)
+
+    def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
+        """b' of the layer at `path`, from `ctx.hessians` and `ctx.values`."""
+        weight = decision.units[path]["weight"]
+        if path not in ctx.hessians or weight not in ctx.values:
+            raise ValueError(f"{path}: correcting its bias needs the mean of its inputs, and its weight before and after")
+        before, after = (value.flatten(1) for value in ctx.values[weight])
+        bias = bias_correction(ctx.hessians[path].mean, before, after, ctx.model.get_submodule(path).bias)
+        return Record(REWRITE, path, {"pass": self.id, "weight": weight}, {"bias": bias})
+
+    def apply(self, model: nn.Module, record: Record) -> None:
+        """Give the layer its bias."""
+        bias = model.get_submodule(record.path).bias
+        with torch.no_grad():
+            bias.copy_(record.tensors["bias"])

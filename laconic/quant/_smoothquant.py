@@ -25,10 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from laconic.core.passes import Context, Decision
+from laconic.core.record import REWRITE, Record
 from laconic.core.structure import Structure
 
 # Below this, an amplitude counts as zero.
@@ -91,19 +94,22 @@ def smooth_norm(model: nn.Module, structure: Structure, norm: str, scale: Tensor
     s = scale.detach().double().reshape(-1)
     if s.numel() != module.weight.numel() or not bool((s > 0).all()):
         raise ValueError(f"{norm}: needs {module.weight.numel()} positive scales, got {s.numel()}")
-    with torch.no_grad():
-        weight = module.weight
-        w = (weight.double() + readers.offset) / s.to(weight.device).view_as(weight) - readers.offset
-        weight.copy_(w.to(weight.dtype))
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):
-            bias.copy_((bias.double() / s.to(bias.device).view_as(bias)).to(bias.dtype))
-        for name in readers.weights:
-            reader = model.get_parameter(name)
-            along = s.to(reader.device)
-            along = along[:, None] if _stored_in_out(structure, name) else along
-            reader.copy_((reader.double() * along).to(reader.dtype))
+    _rescale(model, norm, readers.offset, {name: _stored_in_out(structure, name) for name in readers.weights}, s)
 
+
+@torch.no_grad()
+def _rescale(model: nn.Module, norm: str, offset: float, readers: Mapping[str, bool], s: Tensor) -> None:
+    """Divide a norm by s (K,) float64 and multiply its readers' columns; `readers` says which store (in, out)."""
+    module = model.get_submodule(norm)
+    weight = module.weight
+    weight.copy_(((weight.double() + offset) / s.to(weight.device).view_as(weight) - offset).to(weight.dtype))
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.copy_((bias.double() / s.to(bias.device).view_as(bias)).to(bias.dtype))
+    for name, in_out in readers.items():
+        reader = model.get_parameter(name)
+        along = s.to(reader.device)[:, None] if in_out else s.to(reader.device)
+        reader.copy_((reader.double() * along).to(reader.dtype))
 
 def apply_smooth(
     model: nn.Module, structure: Structure, act_amax: Mapping[str, Tensor], alpha: float = 0.5
@@ -135,6 +141,55 @@ def apply_smooth(
         smooth_norm(model, structure, norm, scale)
         done.append(Smoothed(norm, readers, scale))
     return done
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """The pass: evens out every norm whose readers are all known.
+
+    Args:
+        alpha: 0 to 1, the share of the difficulty that moves into the weights.
+    """
+
+    alpha: float = 0.5
+
+    id: ClassVar = "smoothquant"
+    stage: ClassVar = "rewrite"
+    scope: ClassVar = "model"
+    needs: ClassVar = frozenset({"data", "float"})
+
+    def plan(self, structure: Structure, model: nn.Module) -> Decision:
+        """Norm -> the weights that read it; norm -> why it cannot be smoothed."""
+        reasons = {norm: refusal(model, structure, norm) for norm in structure.norms}
+        return Decision(
+            {
+                norm: {
+                    "alpha": self.alpha,
+                    "offset": structure.norms[norm].offset,
+                    "readers": {name: _stored_in_out(structure, name) for name in structure.norms[norm].weights},
+                }
+                for norm, reason in reasons.items()
+                if not reason
+            },
+            {norm: reason for norm, reason in reasons.items() if reason},
+        )
+
+    def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
+        """s of one norm, from `ctx.absmax`."""
+        said = decision.units[path]
+        if path not in ctx.absmax:
+            raise ValueError(f"{path}: smoothing needs the largest magnitudes of its output on calibration data")
+        matrices = [
+            ctx.model.get_parameter(name).mT if in_out else ctx.model.get_parameter(name)
+            for name, in_out in said["readers"].items()
+        ]
+        scale = smooth_scales(ctx.absmax[path], [m.reshape(-1, m.shape[-1]) for m in matrices], said["alpha"])
+        return Record(REWRITE, path, {"pass": self.id, **said}, {"scale": scale})
+
+    def apply(self, model: nn.Module, record: Record) -> None:
+        """Divide the norm by s and multiply its readers' columns by it."""
+        said = record.data
+        _rescale(model, record.path, said["offset"], said["readers"], record.tensors["scale"].double())
 
 
 def refusal(model: nn.Module, structure: Structure, norm: str) -> str:

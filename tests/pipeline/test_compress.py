@@ -15,6 +15,10 @@ import laconic
 from laconic.errors import BadInput
 from laconic.pipeline import solve as solve_module
 from laconic.pipeline.compress import compress
+from laconic.pipeline.residency import InMemory
+from laconic.pipeline.run import Run
+from laconic.pipeline.source import resolve
+from laconic.pipeline.walk import Chain
 from tests.zoo import ZOO, outputs
 
 from .runs import Classifier, hashes, run_cli, save, token_file, trained_classifier
@@ -183,8 +187,8 @@ def test_walking_the_chain_is_running_the_model_from_its_start(llama, tmp_path, 
     """Carried activations give the bits that a run of the whole model per block gives."""
     folder, data = llama
     starts = []
-    real = solve_module._Chain.start
-    monkeypatch.setattr(solve_module._Chain, "start", lambda self: (starts.append(1), real(self))[1])
+    real = Chain.start
+    monkeypatch.setattr(Chain, "start", lambda self, spill=None: (starts.append(1), real(self, spill))[1])
     carried = compress(folder, data, "size=5x", out=tmp_path / "carried")
     assert starts == [1]
 
@@ -194,7 +198,7 @@ def test_walking_the_chain_is_running_the_model_from_its_start(llama, tmp_path, 
             groups.setdefault(".".join(unit.name.split(".")[:3]), []).append(unit)
         return list(groups.values())
 
-    monkeypatch.setattr(solve_module._Chain, "of", classmethod(lambda cls, job: None))
+    monkeypatch.setattr(Chain, "find", classmethod(lambda cls, *given: "it was not looked at"))
     monkeypatch.setattr(solve_module, "_stages", by_block)
     rerun = compress(folder, data, "size=5x", out=tmp_path / "rerun")
     assert starts == [1]
@@ -202,10 +206,95 @@ def test_walking_the_chain_is_running_the_model_from_its_start(llama, tmp_path, 
     assert hashes(rerun.out) == hashes(carried.out)
 
 
-def test_a_loop_that_is_no_chain_is_not_taken_for_one(llama):
+class Skipping(nn.Module):
+    """The second block reads the input once more, so carrying the first one's output is not enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.blocks[0](x)
+        return self.blocks[2](self.blocks[1](first + x))
+
+
+def test_a_loop_that_is_no_chain_is_not_taken_for_one():
     """Blocks that are called twice, or do not hand on what they made, are walked from the start."""
-    job = SimpleNamespace(structure=SimpleNamespace(blocks=("a", "b"), calls={"a": 1, "b": 2}))
-    assert solve_module._Chain.of(job) is None
+    names = ("blocks.0", "blocks.1", "blocks.2")
+    task = SimpleNamespace(forward=lambda model, batch: model(*batch))
+    batches = [(torch.randn(4, 8),)]
+    twice = SimpleNamespace(blocks=names, calls={"blocks.0": 1, "blocks.1": 2, "blocks.2": 1})
+    assert Chain.find(Skipping(), twice, task, batches, InMemory()) == "its blocks run more than once"
+    once = SimpleNamespace(blocks=names, calls=dict.fromkeys(names, 1))
+    said = Chain.find(Skipping(), once, task, batches, InMemory())
+    assert said == "blocks.1 reads more than the output of blocks.0"
+
+
+class Offset(nn.Module):
+    """Layers with biases, fed with inputs far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(32, 64), nn.Linear(64, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leave(torch.relu(self.enter(x + 5.0)))
+
+
+def test_biases_take_up_what_rounding_shifts_where_the_select_split_gains_by_it(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32))
+    model, drops = Offset().eval(), {}
+    quantize = {"pass": "quantize", "method": "rtn", "bits": [3]}
+    for name, passes in (("with", [quantize, {"pass": "bias_correction"}]), ("without", [quantize])):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"passes": passes}))
+        found = compress(
+            model, tmp_path / "x.npz", "size=4x", out=tmp_path / name, recipe=tmp_path / f"{name}.yaml",
+            example=torch.zeros(1, 32),
+        )  # fmt: skip
+        drops[name] = found.drop
+        loaded = laconic.load(found.out, into=Offset())
+        same = torch.equal(loaded.enter.bias, model.enter.bias)
+        assert same == (name == "without")
+        rows = {row["name"]: row["method"] for row in found.record["ledger"]}
+        assert rows["enter.bias"] == (None if same else "bias_correction")
+    assert drops["with"] < 0.7 * drops["without"]
+
+
+def test_smoothing_is_a_step_of_a_recipe_and_leaves_the_function(llama, tmp_path):
+    """With nothing packed, the smoothed model answers as the float model does."""
+    folder, data = llama
+    (tmp_path / "smooth.yaml").write_text("passes: [{pass: smoothquant, alpha: 0.6}]")
+    found = compress(folder, data, "size=1MB", out=tmp_path / "out", recipe=tmp_path / "smooth.yaml")
+    records = json.loads((found.out / "laconic.json").read_text())["records"]
+    smoothed = [r for r in records if r["action"] == "rewrite"]
+    assert len(smoothed) >= 3 and {r["alpha"] for r in smoothed} == {0.6}
+    ids = torch.arange(3, 15)[None]
+    loaded, model = laconic.load(found.out), resolve(folder).load()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    norm = smoothed[0]["path"] + ".weight"
+    assert not torch.equal(loaded.get_parameter(norm), model.get_parameter(norm))
+
+
+def test_a_solved_plan_that_misses_the_drop_is_followed_by_a_larger_one(classifier, tmp_path, monkeypatch):
+    """The select split says what solving did; while it misses and bytes are left, the plan grows."""
+    model, data = classifier
+    shares = iter([5.0, 3.0, 0.0])
+    solved = []
+
+    def measured(self, name, decision):
+        if name == "rounded":
+            return 0.0
+        solved.append(self.ground.layout(decision).total_bytes)
+        return next(shares)
+
+    monkeypatch.setattr(Run, "_measure_select", measured)
+    (tmp_path / "plain.yaml").write_text("passes: [{pass: quantize}]")
+    found = compress(
+        model, data, "drop=1", out=tmp_path / "out", recipe=tmp_path / "plain.yaml", example=torch.zeros(1, 24)
+    )
+    assert len(solved) == 3 and solved == sorted(set(solved)) and found.size_after == solved[2]
 
 
 def test_tied_weights_stay_tied_with_data(tmp_path):

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from laconic.core.structure import Structure
+from laconic.core.units import find_units
 from laconic.nn import matrix_view, restore_view
 from laconic.numerics import fake_quantize
-from laconic.pipeline.compress import RETREAT, _by_shape, _fit, _smallest, compress
+from laconic.pipeline.compress import compress
 from laconic.pipeline.decide import choose, fisher, option_costs
 from laconic.pipeline.plan import Ground, other_tensors
 from laconic.pipeline.source import resolve
-from laconic.pipeline.units import find_units
+from laconic.pipeline.tryout import RETREAT, by_shape, fit, smallest
 from laconic.tasks import load_task
 
 from .runs import trained_classifier
@@ -66,7 +67,7 @@ def test_costs_are_about_the_change_of_the_output_that_is_measured(uneven):
     model, ground, task = uneven
     batches = task.batches("calibrate", batch=1)
     weights = fisher(model, task, batches, ground.units, seed=0)
-    costs = option_costs(model.get_parameter, weights, ground.units)
+    costs = option_costs(lambda u: model.get_parameter(u.name), weights, ground.units)
     for unit in ground.packable:
         for scheme, cost in zip(unit.options, costs[unit.name], strict=True):
             assert cost == pytest.approx(_measured(model, task, batches, unit, scheme), rel=0.6)
@@ -75,7 +76,7 @@ def test_costs_are_about_the_change_of_the_output_that_is_measured(uneven):
 def test_costs_rank_layers_as_brute_force_does(uneven):
     model, ground, task = uneven
     batches = task.batches("calibrate", batch=4)
-    costs = option_costs(model.get_parameter, fisher(model, task, batches, ground.units, 0), ground.units)
+    costs = option_costs(lambda u: model.get_parameter(u.name), fisher(model, task, batches, ground.units, 0), ground.units)
     measured = {u.name: _measured(model, task, batches, u, u.options[-1]) for u in ground.packable}
     last = {name: found[-1] for name, found in costs.items()}
     assert sorted(last, key=last.get) == sorted(measured, key=measured.get)
@@ -102,17 +103,17 @@ def test_the_same_seed_gives_the_same_costs(uneven):
 
 def test_fewer_bits_cost_more(uneven):
     model, ground, _ = uneven
-    for costs in option_costs(model.get_parameter, None, ground.units).values():
+    for costs in option_costs(lambda u: model.get_parameter(u.name), None, ground.units).values():
         assert costs == sorted(costs)
 
 
 def test_allocation_is_monotone_in_the_budget_and_fits(uneven):
     model, ground, task = uneven
     weights = fisher(model, task, task.batches("calibrate"), ground.units, 0)
-    costs = option_costs(model.get_parameter, weights, ground.units)
+    costs = option_costs(lambda u: model.get_parameter(u.name), weights, ground.units)
     total = []
     for ceiling in range(ground.least(), ground.source.size_before + 600, 300):
-        decision = _fit(ground, costs, ceiling)
+        decision = fit(ground, costs, ceiling)
         assert ground.layout(decision).total_bytes <= ceiling
         total.append(sum(_cost(unit, decision, costs) for unit in ground.packable))
     assert total[-1] == 0 < total[0]
@@ -128,7 +129,7 @@ def _cost(unit, decision, costs) -> float:
 def test_bits_go_where_they_matter(uneven):
     model, ground, task = uneven
     weights = fisher(model, task, task.batches("calibrate"), ground.units, 0)
-    costs = option_costs(model.get_parameter, weights, ground.units)
+    costs = option_costs(lambda u: model.get_parameter(u.name), weights, ground.units)
     decision = choose(ground.units, costs, sum(u.nbytes for u in ground.packable) // 4 + 1500)
     bits = {name: 32 if s is None else s.bits for name, s in decision.items()}
     assert bits["weak.weight"] < bits["strong.weight"]
@@ -137,14 +138,14 @@ def test_bits_go_where_they_matter(uneven):
 def test_a_plan_from_shapes_alone_fits(uneven):
     _, ground, _ = uneven
     for ceiling in (ground.least(), ground.source.size_before // 2):
-        assert ground.layout(_by_shape(ground, ceiling)).total_bytes <= ceiling
+        assert ground.layout(by_shape(ground, ceiling)).total_bytes <= ceiling
 
 
 def test_scales_too_large_for_float16_are_kept_in_float32():
     model = nn.Sequential(nn.Linear(64, 32, bias=False)).eval()
     model[0].weight.data.normal_().mul_(1e8)
     ground = _ground(resolve(model, example=torch.zeros(1, 64)), model)
-    option_costs(model.get_parameter, None, ground.units)
+    option_costs(lambda u: model.get_parameter(u.name), None, ground.units)
     assert {s.scale.dtype for s in ground.packable[0].options} == {"float32"}
 
 
@@ -157,7 +158,7 @@ def test_the_search_for_the_smallest_size_that_holds(bound, expected):
         seen.append(size)
         return size, size >= bound
 
-    assert _smallest(attempt, [40, 30, 20, 10], [50, 60, 70, 80, 90]) == expected
+    assert smallest(attempt, [40, 30, 20, 10], [50, 60, 70, 80, 90]) == expected
     assert len(seen) == len(set(seen))
 
 

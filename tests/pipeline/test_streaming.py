@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import laconic
-from laconic.pipeline import compress as compress_module
+from laconic.errors import BadInput
 from laconic.pipeline import plan as plan_module
-from laconic.pipeline import stream
+from laconic.pipeline import residency, solve, stream
+from laconic.pipeline import run as run_module
 from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress
 
@@ -36,7 +37,7 @@ def large(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 100_000)  # many pieces a weight
-    for module in (compress_module, plan_module):
+    for module in (run_module, plan_module):
         monkeypatch.setattr(module, "RUNTIME", 700 << 20)
 
 
@@ -83,15 +84,59 @@ def test_streaming_is_resumed(large, whole, tmp_path, monkeypatch):
     assert resumed.units_reused == 7 and hashes(resumed.out) == hashes(whole.out)
 
 
-def test_figures_of_the_float_model_are_null_with_data(large, tmp_path):
-    data = token_file(tmp_path / "t.npz", rows=30)
+def test_calibration_is_streamed_block_by_block_to_the_same_bytes(large, tmp_path, monkeypatch):
+    """Weights and activations pass through disk, and every unit is solved as it is in memory."""
+    data = token_file(tmp_path / "t.npz", rows=60)
+    whole = compress(large, data, "size=5x", out=tmp_path / "whole")
+    spilled = []
+    real = residency.Activations.__init__
+    monkeypatch.setattr(residency.Activations, "__init__", lambda self, to: (spilled.append(to), real(self, to))[1])
+    recipe = whole.out / "recipe.yaml"
+    streamed = compress(large, data, "size=5x", max_ram=MAX_RAM, recipe=recipe, out=tmp_path / "streamed")
+    assert [to for to in spilled if to is not None] and not (streamed.out / "activations").exists()
+    assert {u["method"] for u in streamed.record["units"] if u["scheme"]} == {"rtn", "gptq"}
+    assert hashes(streamed.out) == hashes(whole.out)
+    assert streamed.value_before is None and streamed.drop is None and streamed.latency_before_ms is None
+
+
+def test_a_streamed_allocation_looks_at_data(large, tmp_path, monkeypatch):
+    data = token_file(tmp_path / "t.npz", rows=60)
+    seen = {}
+    real = run_module.option_costs
+    monkeypatch.setattr(
+        run_module, "option_costs", lambda read, weights, *rest: (seen.update(weights), real(read, weights, *rest))[1]
+    )
     found = compress(large, data, "size=5x", max_ram=MAX_RAM, out=tmp_path / "out")
-    assert found.value_before is None and found.drop is None and found.latency_before_ms is None
-    assert {u["method"] for u in found.record["units"] if u["scheme"]} == {"rtn"}
+    assert found.met and found.ratio >= 5
+    assert seen["model.layers.0.mlp.down_proj.weight"].shape == (1024,) and "lm_head.weight" not in seen
+
+
+def test_a_layer_whose_hessian_does_not_fit_is_rounded_and_said(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(solve, "_hessian_fits", lambda job, unit: "down_proj" not in unit.name)
+    data = token_file(tmp_path / "t.npz", rows=60)
+    found = compress(large, data, "size=5x", max_ram=MAX_RAM, out=tmp_path / "out")
+    methods = {u["name"].split(".")[-2]: u["method"] for u in found.record["units"] if u["scheme"]}
+    assert methods["down_proj"] == "rtn" and methods["q_proj"] == "gptq"
+    assert any("5 layers were rounded to nearest: the Hessian of" in note for note in found.record["notes"])
+
+
+def test_a_model_that_is_no_chain_is_rounded_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
+    data = token_file(tmp_path / "t.npz", rows=60)
+    found = compress(save("mixtral", tmp_path / "float"), data, "size=3x", seq=8, out=tmp_path / "out")
+    loaded = laconic.load(found.out)
+    assert torch.isfinite(loaded(input_ids=torch.arange(3, 11)[None]).logits).all()
+
+
+def test_a_drop_cannot_be_held_against_a_model_that_does_not_fit(large, tmp_path):
+    data = token_file(tmp_path / "t.npz")
+    with pytest.raises(BadInput, match="raise --max-ram to about"):
+        compress(large, data, "size=4x, drop=1", max_ram=MAX_RAM, out=tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_batch_norms_are_not_folded_while_streaming(tmp_path, monkeypatch):
-    monkeypatch.setattr(compress_module._Run, "_must_stream", lambda self, meta: True)
+    monkeypatch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
     found = compress(save("resnet", tmp_path / "float"), budget="size=3x", out=tmp_path / "out")
     assert not any("folded" in note for note in found.record["notes"])
     assert torch.isfinite(laconic.load(found.out)(pixel_values=torch.randn(2, 3, 32, 32)).logits).all()

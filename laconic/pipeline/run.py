@@ -1,0 +1,630 @@
+"""One compression, step by step: what `compress` and `plan` do once their arguments are in order.
+
+Read, plan, decide (`decide`, `tryout`), solve (`solve`), repair, write (`artifact`, `ledger`), verify, report. What needs
+the float model is measured before solving replaces its values; nothing is looked at on the verify split before the end but
+the float model itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core import passes
+from laconic.core.record import FOLD, PACK, Record
+from laconic.core.structure import Structure
+from laconic.core.units import find_units, matches
+from laconic.errors import BadInput, LaconicError
+from laconic.kernels import native
+from laconic.nn import storage_names
+from laconic.norm import FoldBatchNorm
+from laconic.numerics import Scheme
+from laconic.quant import SmoothQuant
+from laconic.tasks import Comparison, Evaluation, Task, load_task, own_model
+from laconic.tasks import compare as compare_evaluations
+
+from . import interrupt
+from .budget import Budget
+from .decide import fisher, option_costs
+from .ledger import coverage, ledger
+from .measure import latency_ms, machine, peak_rss, run_batch, versions
+from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax
+from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
+from .recipe import Recipe
+from .solve import Solving, column_power, solve
+from .source import Source, check_finite, resolve
+from .source_base import all_tensors, bytes_of
+from .stream import check_weights, sample
+from .tensorfile import TensorWriter, tensor_digest
+from .tryout import Choice, fit, grown, try_plans
+from .workspace import Workspace, digest, write_whole
+
+CALIBRATION_TOKENS = 16384  # positions that calibration sees; more helps little and costs time in proportion
+SENSITIVITY_TOKENS = 4096
+QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
+ROUNDS = 3  # plans that are solved at most, each larger than the one before, where the drop is missed
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Result:
+    """What came of a compression.
+
+    Attributes:
+        out: the artifact's folder.
+        record: everything measured, as written to report.json.
+        exit_code: 0 met, 3 missed.
+    """
+
+    out: Path
+    record: dict[str, Any]
+    exit_code: int
+
+    def __getattr__(self, name: str) -> Any:
+        """Figures of the JSON line: `result.ratio`, `result.drop`, `result.met` ..."""
+        from laconic.report import json_line
+
+        fields = json.loads(json_line(self.__dict__["record"])) if "record" in self.__dict__ else {}
+        if name in fields:
+            return fields[name]
+        raise AttributeError(name)
+
+
+@dataclass
+class Options:
+    """Options of `compress` beyond model, data and budget."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    max_ram: int | None = None
+    seed: int = 0
+    resume: bool = False
+    batch: int | None = None
+    seq: int | None = None
+    exclude: Sequence[str] = ()
+    keep: Sequence[str] = ()
+    device: str = "cpu"
+    overwrite: bool = False
+    min_coverage: float = 0.0
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    command: str = ""
+
+
+class Run:
+    """One compression."""
+
+    def __init__(self, options: Options, budget: Budget, progress: Progress):
+        self.options, self.budget, self.progress = options, budget, progress
+        self.begin = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.task: Task | None = None
+        self.notes: list[str] = []
+        self.tried: list[dict[str, Any]] = []
+        self.rewrites: list[Record] = []
+        self.before: Evaluation | None = None
+        self.histograms: dict[str, dict[str, Any]] = {}
+        self._select_before: Evaluation | None = None
+        self._costs: dict[str, list[float]] | None = None
+
+    # --- what was given ---------------------------------------------------------------------------------------------
+
+    def prepare(self, model: Any, data: Any, columns: Mapping[str, str] | None, example: Any) -> None:
+        """Find the model and the data, and refuse what cannot be done before anything is written."""
+        self.check_budget(data is not None)
+        with self.stage("read"):
+            source = self.find_source(model, data, example)
+            meta = self.ground_on_meta(source)
+            streamed = self._must_stream(meta)
+            if streamed and meta.folded:  # folding needs the values of whole layers
+                meta = self._ground(source, source.skeleton())
+            self.ceiling = check_possible(meta, self.budget)
+            self.fixed(meta)
+            if data is not None:
+                o = self.options
+                self.task = load_task(data, source, columns, o.seed, batch=o.batch, seq=o.seq)
+                self.notes += self.task.notes
+            if streamed:
+                check_weights(source)
+            self.ground = meta if streamed else self.ground_in_memory(source)
+            self.ground.streamed = streamed
+        if self.task is not None and not streamed:
+            self._try_forward()
+
+    def check_budget(self, has_data: bool) -> None:
+        """Refuse what no plan can promise."""
+        if self.budget.latency:
+            raise BadInput(
+                "a latency ceiling needs fast low-bit kernels, which this version does not have yet: leave latency out "
+                "of the budget (it is measured and reported anyway)"
+            )
+        if self.budget.memory:
+            raise BadInput("memory is measured and reported, not yet a ceiling: leave it out, or bound the size")
+        if self.budget.drop is not None and not has_data:
+            raise BadInput("a drop can only be held on data: pass --data or --task, or leave drop out of the budget")
+
+    def find_source(self, model: Any, data: Any, example: Any) -> Source:
+        """The model's source; a task named alone brings its own."""
+        if model is None:
+            model = data.model_name if isinstance(data, Task) else own_model(data) if isinstance(data, str) else None
+            if model is None:
+                raise BadInput("no model was named: give a folder, a fetched name, module:function, or a task with its own")
+        o = self.options
+        return resolve(model, example=example, trust_remote_code=o.trust_remote_code, allow_pickle=o.allow_pickle)
+
+    def ground_on_meta(self, source: Source) -> Ground:
+        """The model's units from shapes alone."""
+        return self._ground(source, source.skeleton(), fold=self.options.recipe.fold)
+
+    def ground_in_memory(self, source: Source) -> Ground:
+        """The float model on its device, checked and with batch norms folded."""
+        model = source.load()
+        for name, tensor in all_tensors(model).items():
+            check_finite(name, tensor)
+        ground = self._ground(source, model, fold=self.options.recipe.fold)
+        ground.model.to(self.options.device)
+        ground.others = other_tensors(ground.model, ground.units)
+        return ground
+
+    def _ground(self, source: Source, model: nn.Module, fold: bool = False) -> Ground:
+        structure = Structure.build(model, source.example())
+        folded = self._fold(structure, model) if fold else []
+        if folded:
+            structure = Structure.build(model, source.example())
+        step = self.options.recipe.quantize
+        bits = step.bits if step else ()
+        units = find_units(model, structure, keep=self.options.keep, exclude=self.options.exclude, bits=bits)
+        return Ground(source, model, structure, units, other_tensors(model, units), False, folded)
+
+    def _fold(self, structure: Structure, model: nn.Module) -> list[tuple[str, str]]:
+        """Fold every batch norm that can be; those named by --exclude are not touched."""
+        fold, ctx = FoldBatchNorm(), passes.Context(model, structure)
+        decision = fold.plan(structure, model)
+        for norm, reason in decision.skipped.items():
+            self._note(f"{norm} was not folded: {reason}")
+        folded = []
+        for layer, said in decision.units.items():
+            touched = [f"{path}.weight" for path in (layer, said["norm"])]
+            if not any(matches(p, name) for p in self.options.exclude for name in touched):
+                fold.apply(model, fold.solve(layer, decision, ctx))
+                folded.append((layer, said["norm"]))
+        return folded
+
+    def _must_stream(self, meta: Ground) -> bool:
+        bound = self.options.max_ram
+        if bound is None:
+            return False
+        floats = sum(u.nbytes for u in meta.units)
+        if bound < RUNTIME + (150 << 20):
+            raise BadInput(
+                f"--max-ram is {bound:,} bytes; Python, torch and transformers alone take about "
+                f"{RUNTIME:,}, so at least {RUNTIME + (150 << 20):,} are needed"
+            )
+        needed = RUNTIME + 4 * floats
+        if needed <= bound:
+            return False
+        if self.budget.drop is not None:
+            raise BadInput(
+                f"a drop is held against the float model, which does not fit under --max-ram: raise --max-ram to about "
+                f"{needed:,} bytes, or leave drop out of the budget"
+            )
+        return True
+
+    def _try_forward(self) -> None:
+        """A forward that fails on the data fails now, with the place."""
+        batches = self.batches("calibrate", 1)
+        if not batches:
+            return  # a scoring function without inputs: nothing to run
+        try:
+            run_batch(self.task, self.ground.model, batches[0])
+        except LaconicError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises is their message
+            where = innermost_module(self.ground.model, error)
+            said = str(error).splitlines()[0] if str(error) else ""
+            raise BadInput(f"the model's forward fails on the data{where}: {type(error).__name__}: {said}") from error
+
+    # --- the work ---------------------------------------------------------------------------------------------------
+
+    def execute(self, workspace: Workspace) -> Result:
+        """Decide, solve, write, verify, report."""
+        ceiling = self.ceiling if self.ceiling is not None else self.ground.source.size_before // 4
+        workspace.open(2 * ceiling)  # the records of solved units, and the file
+        self.workspace = workspace
+        try:
+            return self._execute()
+        except BadInput:
+            workspace.abandon()
+            raise
+
+    def _execute(self) -> Result:
+        ground, recipe = self.ground, self.options.recipe
+        if recipe.smooth is not None:
+            with self.stage("smooth"):
+                self._smooth(recipe.smooth)
+        with self.stage("hash"):
+            digests = self._digests()
+            self.identity = digest(
+                "run", 2, digests, self.budget.text, recipe.model_dump(), self.options.seed,
+                list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
+                torch.get_num_threads(), self.options.batch, self.options.seq, ground.streamed, self.options.device,
+            )  # fmt: skip
+        decision, method = self._decide()
+        share = coverage(ground, decision)
+        if share < self.options.min_coverage:
+            raise BadInput(
+                f"coverage is {share:.3f}, below --min-coverage {self.options.min_coverage}: the ledger of `laconic plan` "
+                "says what is left alone and why"
+            )
+        self._measure_float(decision)
+        packed = self._solve(decision, method, digests)
+        for _ in range(ROUNDS - 1):
+            larger = self._next_plan(decision)
+            if larger is None:
+                break
+            decision = larger
+            self._write_decision(decision, method)
+            packed = self._solve(decision, method, digests)
+        records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + packed
+        with self.stage("write"):
+            self._write(decision, records, method)
+        return self._verify(decision, records, coverage(ground, decision), method)
+
+    def _smooth(self, alpha: float) -> None:
+        """Even out norms before anything is rounded; the function stays what it was."""
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        if self.ground.streamed or not batches:
+            why = "the float model does not fit under --max-ram" if self.ground.streamed else "it needs data"
+            self._note(f"smoothquant was left out: {why}")
+            return
+        ground, one = self.ground, SmoothQuant(alpha)
+        planned = one.plan(ground.structure, ground.model)
+        absmax = output_absmax(ground.model, self.task, planned.units, batches)
+        ctx = passes.Context(ground.model, ground.structure, absmax=absmax, seed=self.options.seed)
+        for norm, reason in planned.skipped.items():
+            self._note(f"{norm} was not smoothed: {reason}")
+        for norm, said in planned.units.items():
+            if norm not in absmax:
+                self._note(f"{norm} was not smoothed: it does not run on this data")
+            elif any(matches(p, name) for p in self.options.exclude for name in (f"{norm}.weight", *said["readers"])):
+                self._note(f"{norm} was not smoothed: it or a reader of it is named by --exclude")
+            else:
+                with torch.no_grad():
+                    record = one.solve(norm, planned, ctx)
+                    one.apply(ground.model, record)
+                self.rewrites.append(Record(record.action, record.path, record.data))
+
+    def _decide(self) -> tuple[Choice, str]:
+        step = self.options.recipe.quantize
+        method = step.method if step and self.batches("calibrate", 1) else "rtn"
+        kept = self.workspace.read_json("decision.json")
+        if kept is not None and kept.get("identity") == self.identity:
+            self.tried = kept["tried"]
+            for note in kept["notes"]:
+                self._note(note)
+            units = kept["units"]
+            in_order = [u.name for u in self.ground.units if u.name in units]
+            return {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}, kept["method"]
+        with self.stage("decide"):
+            decision = {} if step is None else self.fixed(self.ground) or self._allocate()
+        self._write_decision(decision, method)
+        return decision, method
+
+    def _write_decision(self, decision: Choice, method: str) -> None:
+        self.workspace.write_json(
+            "decision.json",
+            {
+                "identity": self.identity, "method": method, "budget": self.budget.text, "ceiling": self.ceiling,
+                "units": {n: str(s) if s is not None else None for n, s in decision.items()},
+                "tried": self.tried, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
+            },
+        )  # fmt: skip
+
+    def fixed(self, ground: Ground) -> Choice | None:
+        """The decision that the recipe states, if it states one.
+
+        Raises:
+            BadInput: it names a parameter that is not there, or a scheme for one that cannot be packed.
+        """
+        step = self.options.recipe.quantize
+        units = step.units if step else None
+        if not units:
+            return None
+        known = {u.name: u for u in ground.units}
+        strange = sorted(set(units) - set(known))
+        if strange:
+            raise BadInput(f"the recipe names {strange[0]!r}, which {ground.source.name} does not have")
+        for name, text in units.items():
+            if text is not None and not known[name].options:
+                raise BadInput(f"the recipe packs {name}, which is left alone: {known[name].reason}")
+        return {n: Scheme.parse(text) if (text := units[n]) else None for n in known if n in units}
+
+    def _allocate(self) -> Choice:
+        ground, costs = self.ground, self._option_costs()
+        if self.task is None or ground.streamed or "select" not in self.task.splits:
+            return fit(ground, costs, self.ceiling if self.ceiling is not None else ground.source.size_before // 4)
+        start = time.perf_counter()
+        self._select_float()
+        return try_plans(
+            ground, costs, self.ceiling, self.budget.drop, time.perf_counter() - start < QUICK,
+            lambda decision: self._measure_select("rounded", decision), lambda d, t: self.progress("try", d, t),
+        )  # fmt: skip
+
+    def _option_costs(self) -> dict[str, list[float]]:
+        """Cost of every option of every unit, worked out once, on the float model."""
+        if self._costs is None:
+            ground = self.ground
+            if ground.streamed:
+                read = lambda unit: sample(ground.source, unit)  # noqa: E731
+                batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
+                weights = None
+                if batches:
+                    weights = column_power(self._job({}, "rtn", {}, batches, "sensitivity"), ground.packable)
+            else:
+                read = lambda unit: ground.model.get_parameter(unit.name)  # noqa: E731
+                weights = self._fisher()
+            self._costs = option_costs(read, weights, ground.units, lambda d, t: self.progress("options", d, t))
+        return self._costs
+
+    def _fisher(self) -> dict[str, Tensor] | None:
+        batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
+        if not batches:
+            return None
+        report = lambda d, t: self.progress("sensitivity", d, t)  # noqa: E731
+        try:
+            return fisher(self.ground.model, self.task, batches, self.ground.units, self.options.seed, report)
+        except (RuntimeError, NotImplementedError) as error:
+            self._note(f"sensitivity is that of the weights alone: no gradient ({str(error).splitlines()[0]})")
+            return None
+
+    def _measure_float(self, decision: Choice) -> None:
+        """The float model on the verify split, while it is still float: read once, at the end, by the packed one."""
+        if self.ground.streamed:
+            return
+        if self.task is not None and "verify" in self.task.splits:
+            with self.stage("verify float"):
+                report = lambda d, t: self.progress("verify float", d, t)  # noqa: E731
+                self.before = self.task.evaluate(self.ground.model, "verify", report)
+        chosen = [u for u in self.ground.packable if decision.get(u.name) is not None]
+        batches = self.batches("calibrate", 1, batch=8)
+        self.histograms = histograms(self.ground.model, self.task, chosen, batches)
+        if self._holds_select():
+            self._select_float()
+
+    # --- solving and repair -----------------------------------------------------------------------------------------
+
+    def _solve(self, decision: Choice, method: str, digests: dict[str, str]) -> list[Record]:
+        with self.stage("solve"):
+            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+            records = solve(self._job(decision, method, digests, batches, "solve"))
+        with self.stage("repair"):
+            self._repair(decision, method, records)
+        return records
+
+    def _job(
+        self, decision: Choice, method: str, digests: dict[str, str], batches: Sequence[Any], stage: str
+    ) -> Solving:
+        ground = self.ground
+        key = digest(self.identity, {n: str(s) for n, s in decision.items()}, native.load() is not None)
+        return Solving(
+            ground.model, self.task, batches, ground.units, decision, ground.structure, self.workspace, key, digests, method,
+            self.options.recipe.correct_biases, lambda done, total, name: self.progress(stage, done, total),
+            ground.source if ground.streamed else None, self.options.max_ram, self.notes,
+        )  # fmt: skip
+
+    def _holds_select(self) -> bool:
+        """Whether what is solved is measured on the select split."""
+        there = self.task is not None and not self.ground.streamed and "select" in self.task.splits
+        return there and (self.budget.drop is not None or self.options.recipe.correct_biases)
+
+    def _repair(self, decision: Choice, method: str, records: list[Record]) -> None:
+        """Keep corrected biases only where the select split does not get worse by them."""
+        self.select_drop: float | None = None
+        if not self._holds_select():
+            return
+        corrected = {r.data["bias"]: r for r in records if r.data.get("bias")}
+        model = self.ground.model
+        if corrected:
+            new = {name: model.get_parameter(name).detach().clone() for name in corrected}
+            with_biases = self._measure_select(f"{method} + bias correction", decision)
+            for name in corrected:
+                model.get_parameter(name).data.copy_(self._old_biases[name])
+            without = self._measure_select(method, decision)
+            if with_biases <= without:
+                for name, value in new.items():
+                    model.get_parameter(name).data.copy_(value)
+            else:
+                for record in corrected.values():
+                    record.data.pop("bias")
+                self._note("bias correction was not kept: the select split got worse by it")
+            self.select_drop = min(with_biases, without)
+        elif self.budget.drop is not None:
+            self.select_drop = self._measure_select(method, decision)
+
+    def _next_plan(self, decision: Choice) -> Choice | None:
+        """A larger plan where the solved one misses the drop on the select split and the size leaves room.
+
+        The model is float again afterwards.
+        """
+        missed = self.budget.drop is not None and self.select_drop is not None and self.select_drop > self.budget.drop
+        if not missed or self.fixed(self.ground) is not None or self.options.recipe.quantize is None:
+            return None
+        with self.stage("decide"):
+            self._reload()
+            larger = grown(self.ground, self._option_costs(), decision, self.ceiling)
+        if larger is None:
+            self._note("the drop is missed on the select split, and the size leaves no room for a larger plan")
+        return larger
+
+    def _reload(self) -> None:
+        """Put the float values back into the model."""
+        fresh = self.ground_in_memory(self.ground.source)
+        for name, parameter in fresh.model.named_parameters():
+            self.ground.model.get_parameter(name).data.copy_(parameter)
+        if self.rewrites and self.options.recipe.smooth is not None:
+            self.rewrites = []
+            self._smooth(self.options.recipe.smooth)
+
+    def _select_float(self) -> None:
+        """The float model on the select split, once."""
+        assert self.task is not None
+        if self._select_before is None:
+            self._select_before = self.task.evaluate(self.ground.model, "select")
+        names = {n for u in self.ground.units for n in u.names}
+        self._old_biases = {
+            n: p.detach().clone() for n, p in self.ground.model.named_parameters() if n in names and p.dim() == 1
+        }
+
+    def _measure_select(self, name: str, decision: Choice) -> float:
+        """The drop on the select split of what the model holds now; the plot shows it."""
+        assert self.task is not None and self._select_before is not None
+        after = self.task.evaluate(self.ground.model, "select")
+        found = compare_evaluations(self._select_before, after, self.task.metric, self.options.seed)
+        size = self.ground.layout(decision).total_bytes
+        self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select")
+        return found.drop
+
+    def _tried(self, name: str, size: int, found: Comparison, split: str, chosen: bool = False) -> None:
+        low, high = self.interval(found)
+        self.tried.append(
+            {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
+        )
+
+    def interval(self, found: Comparison) -> tuple[float, float]:
+        """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three)."""
+        low, high = found.low, found.high
+        metric = self.task.metric if self.task else None
+        if metric is not None and metric.bounded and not metric.against_float and low == high == 0.0:
+            high = 300.0 / found.n
+        return low, high
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _write(self, decision: Choice, records: list[Record], method: str) -> None:
+        from .artifact import write_artifact_files
+
+        ground, partial = self.ground, self.workspace.partial
+        packed = {r.path: r for r in records if r.action == PACK}
+        biases = {r.data["bias"]: r.data["key"] for r in packed.values() if r.data.get("bias")}
+        with TensorWriter(partial / "model.safetensors", ground.specs(decision), METADATA) as writer:
+            for unit in ground.units:
+                record = packed.get(unit.name)
+                if record is None:
+                    writer.write(unit.name, self._float(unit.name, biases.get(unit.name)))
+                    continue
+                tensors = self.workspace.read(record.data["key"]) or {}
+                for suffix, name in storage_names(unit.name, record.spec).items():
+                    writer.write(name, tensors[suffix])
+            for name in ground.others:
+                writer.write(name, self._float(name))
+            self.header, self.padding = writer.header_bytes, writer.padding_bytes
+        self.ledger = ledger(ground, decision, packed, set(biases))
+        total = sum(row["bytes"] for row in self.ledger) + self.header + self.padding
+        self.size_after = (partial / "model.safetensors").stat().st_size
+        if total != self.size_after:
+            raise LaconicError(f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect")
+        kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
+        recipe = self.options.recipe.with_units(decision, method, kept)
+        write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
+        for record in records:
+            record.data.pop("key", None)
+        write_artifact_files(partial, source=ground.source, records=records, ledger=self.ledger, versions=versions())
+
+    def _float(self, name: str, solved: str | None = None) -> Tensor:
+        """A tensor that is left as it is, or a bias that was corrected with the solution kept under a key."""
+        if self.ground.streamed:
+            tensors = self.workspace.read(solved) if solved is not None else None
+            return self.ground.source.read(name) if tensors is None else tensors["bias"]
+        return all_tensors(self.ground.model)[name].detach().cpu()
+
+    # --- the proof --------------------------------------------------------------------------------------------------
+
+    def _verify(self, decision: Choice, records: list[Record], share: float, method: str) -> Result:
+        """Load what was written, compare it with the float model, report."""
+        from laconic.report import write_report
+
+        from .load import load
+        from .report_record import build_record
+
+        found: Comparison | None = None
+        latency: dict[str, Any] | None = None
+        after: Evaluation | None = None
+        ground, workspace = self.ground, self.workspace
+        with self.stage("verify"):
+            if self.task is not None and "verify" in self.task.splits and self._fits_packed():
+                into = None if ground.source.kind == "transformers" else ground.source.skeleton()
+                packed = load(workspace.partial, into=into, device=self.options.device)
+                after = self.task.evaluate(packed, "verify", lambda d, t: self.progress("verify", d, t))
+                if self.before is not None:
+                    found = compare_evaluations(self.before, after, self.task.metric, self.options.seed)
+                    name = f"{method}, verified, {ground.source.size_before / self.size_after:.2f}x"
+                    self._tried(name, self.size_after, found, "verify", chosen=True)
+                latency = self._latency(packed)
+        record = build_record(self, workspace, decision, records, share, found, after, latency)
+        record["seconds"] = {"total": time.perf_counter() - self.begin, "stages": self.seconds}
+        record["peak_rss_bytes"] = peak_rss()
+        write_report(record, workspace.partial / "report.html")
+        workspace.write_json("report.json", record)
+        interrupt.check()
+        out = workspace.finish()
+        return Result(out, record, record["verdict"]["exit_code"])
+
+    def _fits_packed(self) -> bool:
+        bound = self.options.max_ram
+        return bound is None or not self.ground.streamed or RUNTIME + 2 * self.size_after < bound
+
+    def _latency(self, packed: nn.Module) -> dict[str, Any] | None:
+        """Milliseconds of the float and the packed model on one batch of the user's size."""
+        n = self.options.batch or 1
+        batches = self.batches("verify", 10**9, batch=n, limit=n)
+        if not batches:
+            return None
+        runs: dict[str, Callable[[], Any]] = {"after": lambda: run_batch(self.task, packed, batches[0])}
+        if not self.ground.streamed:
+            # The model in memory holds the values that the packed weights stand for: same shapes, same float work.
+            runs["before"] = lambda: run_batch(self.task, self.ground.model, batches[0])
+        with self.stage("latency"):
+            found = latency_ms(runs)
+        return {"before": found.get("before"), "after": found["after"], "batch": n, "seq": self.options.seq, "rounds": 7}
+
+    # --- small things -----------------------------------------------------------------------------------------------
+
+    def batches(self, split: str, tokens: int, batch: int | None = None, limit: int | None = None) -> list[Any]:
+        """Batches of a split, up to about so many positions."""
+        return batches_of(self.task, split, tokens, batch=batch, seq=self.options.seq, limit=limit)
+
+    def _digests(self) -> dict[str, str]:
+        ground = self.ground
+        if ground.streamed:
+            return {u.name: ground.source.digest(u.name) for u in ground.units}
+        return {
+            u.name: tensor_digest(p.dtype, tuple(p.shape), iter([bytes_of(p.cpu().contiguous())]))
+            for u in ground.units
+            for p in [ground.model.get_parameter(u.name).detach()]
+        }
+
+    def _data_digest(self) -> str:
+        return data_digest(b for split in ("calibrate", "select") for b in self.batches(split, CALIBRATION_TOKENS))
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        interrupt.check()
+        start = time.perf_counter()
+        self.progress(name, 0, 1)
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

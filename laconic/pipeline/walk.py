@@ -1,0 +1,288 @@
+"""Running a model on calibration data stage by stage, and what is collected on the way.
+
+A stage is a set of modules that see one collection of inputs: a block of the repeated chain that `Structure` found, or a
+few layers elsewhere.
+
+- In the chain, activations are carried from block to block (`Chain`): a block runs once to be looked at and once to move
+  on. Whether a model really is such a chain is tried on one example, not assumed.
+- Elsewhere the model runs from its start once per stage (`run_all`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core.structure import Structure
+from laconic.quant import Hessian
+
+from .residency import Activations, InMemory, Streamed
+
+Residency = InMemory | Streamed
+Modules = Mapping[str, nn.Module]
+
+
+class _Stop(Exception):
+    """Ends a forward when what was wanted has been seen."""
+
+
+class Inputs:
+    """Hooks that add the inputs of modules to statistics; modules that read the same tensor share one.
+
+    Args:
+        modules: path -> module.
+        full: paths whose second moments are wanted; the others get the mean and the mean square of each column alone.
+    """
+
+    def __init__(self, modules: Modules, full: set[str]):
+        self.modules, self.full = modules, full
+        self.leader: dict[str, str] = {}
+        self.found: dict[str, Hessian | Columns] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+
+    def __enter__(self) -> Inputs:
+        self._handles = [
+            m.register_forward_pre_hook(
+                lambda mod, args, kwargs, path=path: self._add(path, mod, args, kwargs), with_kwargs=True
+            )
+            for path, m in self.modules.items()
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+
+    def next_batch(self) -> None:
+        """Forget the tensors of the last run."""
+        self._seen.clear()
+
+    def _add(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        conv = isinstance(module, nn.modules.conv._ConvNd)
+        if not conv:
+            same = next((p for t, p in self._seen if t is x and (p in self.full) == (path in self.full)), None)
+            if path not in self.leader:
+                self.leader[path] = same if same is not None else path
+            if self.leader[path] != path and self.leader[path] == same:
+                return
+            self.leader[path] = path
+            self._seen.append((x, path))
+        if path not in self.found:
+            self.found[path] = self._new(path, module, x, conv)
+        stats = self.found[path]
+        if conv and isinstance(stats, Hessian):
+            stats.add_conv(x if x.dim() == len(module.kernel_size) + 2 else x[None], module)
+        else:
+            stats.add(x)
+
+    def _new(self, path: str, module: nn.Module, x: Tensor, conv: bool) -> Hessian | Columns:
+        if conv:  # the mean of unfolded windows comes with their second moments
+            return Hessian.of(module, device=x.device)
+        return Hessian(x.shape[-1], device=x.device) if path in self.full else Columns(x.shape[-1], x.device)
+
+    def result(self) -> dict[str, Hessian | Columns]:
+        """Path -> statistics, shared ones under every path."""
+        return {p: self.found[self.leader.get(p, p)] for p in self.modules if self.leader.get(p, p) in self.found}
+
+
+class Columns:
+    """Mean and mean square of every column of inputs (..., K), in float64."""
+
+    def __init__(self, k: int, device: torch.device | None = None):
+        self.tokens = 0
+        self._sum = torch.zeros(k, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(k, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (..., K)."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        self._sum += x.sum(0, dtype=torch.float64)
+        self._squares += x.float().square().sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """(K,) float32."""
+        return (self._sum / max(1, self.tokens)).float()
+
+    @property
+    def power(self) -> Tensor:
+        """(K,) float32 mean square."""
+        return (self._squares / max(1, self.tokens)).float()
+
+
+def run_all(model: nn.Module, task: Any, batches: Sequence[Any], inputs: Inputs) -> None:
+    """Run a model on all batches with hooks in place."""
+    with inputs:
+        for batch in batches:
+            task.forward(model, batch)
+            inputs.next_batch()
+
+
+class Chain:
+    """Activations carried along the repeated blocks.
+
+    Attributes:
+        blocks: paths, in the order in which they run.
+        constant: whether all blocks are called with the same further arguments.
+    """
+
+    def __init__(self, model: nn.Module, task: Any, batches: Sequence[Any], blocks: Sequence[str], constant: bool):
+        self.model, self.task, self.batches, self.blocks, self.constant = model, task, batches, blocks, constant
+        self.residency: Residency = InMemory()
+        self.hidden = Activations(None)
+        self.rest: list[dict[str, tuple[tuple, dict]]] = []
+
+    @classmethod
+    def find(
+        cls, model: nn.Module, structure: Structure, task: Any, batches: Sequence[Any], residency: Residency
+    ) -> Chain | str:
+        """The chain, if running the blocks one after the other on an example gives what the model gives; else why not."""
+        blocks = structure.blocks
+        if len(blocks) < 2:
+            return "it is no chain of repeated blocks"
+        if any(structure.calls.get(b) != 1 for b in blocks):
+            return "its blocks run more than once"
+        with residency.running():
+            seen, outputs = _capture(model, task, first_rows(batches[0], 1), blocks, last=blocks[-1])
+        if set(seen) != set(blocks):
+            return "some of its blocks do not run on this data"
+        for previous, block in zip(blocks, blocks[1:], strict=False):
+            if not seen[block][0] or seen[block][0][0] is not _first(outputs.get(previous)):
+                return f"{block} reads more than the output of {previous}"
+        first_args, first_kwargs = seen[blocks[0]]
+        constant = all(
+            _same(seen[b][0][1:], first_args[1:]) and _same(tuple(seen[b][1].items()), tuple(first_kwargs.items()))
+            for b in blocks[1:]
+        )
+        if residency.streamed and not constant:
+            return "its blocks are called with different arguments"
+        chain = cls(model, task, batches, blocks, constant)
+        chain.residency = residency
+        return chain
+
+    def start(self, spill: Path | None = None) -> None:
+        """Run every batch up to the chain and keep what its blocks are called with; activations in `spill`, if given."""
+        self.hidden, self.rest = Activations(spill), []
+        with self.residency.running():
+            for batch in self.batches:
+                seen, _ = _capture(
+                    self.model, self.task, batch, self.blocks, first=self.blocks[0] if self.constant else None
+                )
+                self.hidden.append(seen[self.blocks[0]][0][0])
+                rest = {b: (a[1:], k) for b, (a, k) in seen.items()}
+                self.rest.append(dict.fromkeys(self.blocks, rest[self.blocks[0]]) if self.constant else rest)
+
+    def look(self, block: str, inputs: Inputs) -> None:
+        """Run a block on every batch with hooks in place."""
+        with inputs:
+            for number in range(len(self.hidden)):
+                self._call(block, number)
+                inputs.next_batch()
+
+    def advance(self, block: str) -> None:
+        """Replace the activations by the block's outputs."""
+        for number in range(len(self.hidden)):
+            self.hidden[number] = _first(self._call(block, number))
+
+    @contextmanager
+    def block(self, block: str) -> Iterator[None]:
+        """The weights of a block are there; on leaving, the activations have moved past it."""
+        with self.residency.hold(block):
+            yield
+            self.advance(block)
+
+    def _call(self, block: str, number: int) -> Any:
+        args, kwargs = self.rest[number][block]
+        return self.model.get_submodule(block)(self.hidden[number], *args, **kwargs)
+
+
+def call_order(model: nn.Module, task: Any, batch: Any, paths: Sequence[str]) -> dict[str, int]:
+    """Module path -> place in the forward pass."""
+    order: dict[str, int] = {}
+
+    def note(path: str) -> None:
+        order.setdefault(path, len(order))
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: note(path))
+        for path in dict.fromkeys(paths)
+    ]
+    try:
+        task.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def first_rows(batch: Any, n: int) -> Any:
+    """The first examples of a batch."""
+    if isinstance(batch, Mapping):
+        return {name: value[:n] for name, value in batch.items()}
+    return tuple(value[:n] for value in batch)
+
+
+def _capture(
+    model: nn.Module,
+    task: Any,
+    batch: Any,
+    blocks: Sequence[str],
+    *,
+    first: str | None = None,
+    last: str | None = None,
+) -> tuple[dict, dict]:
+    """Arguments and outputs of every block in one forward, which ends as it enters `first` or leaves `last`."""
+    seen: dict[str, tuple[tuple, dict]] = {}
+    outputs: dict[str, Any] = {}
+
+    def before(path: str, args: tuple, kwargs: dict) -> None:
+        seen[path] = (args, kwargs)
+        if path == first:
+            raise _Stop
+
+    def after(path: str, output: Any) -> None:
+        outputs[path] = output
+        if path == last:
+            raise _Stop
+
+    handles = []
+    for path in blocks:
+        module = model.get_submodule(path)
+        handles.append(
+            module.register_forward_pre_hook(lambda m, a, k, path=path: before(path, a, k), with_kwargs=True)
+        )
+        handles.append(module.register_forward_hook(lambda m, a, out, path=path: after(path, out)))
+    try:
+        task.forward(model, batch)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, outputs
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _same(a: tuple, b: tuple) -> bool:
+    """Whether two tuples hold the same objects (tensors by identity, nested tuples by members)."""
+    if len(a) != len(b):
+        return False
+    return all(
+        x is y or (isinstance(x, tuple) and isinstance(y, tuple) and _same(x, y)) or (not _has_tensor(x) and x == y)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _has_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and any(_has_tensor(v) for v in x))
