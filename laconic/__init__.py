@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
 __version__ = "0.1.0.dev0"
 
-_PUBLIC = {
-    "compress": "laconic.pipeline.compress",
-    "plan": "laconic.pipeline.compress",
-    "compare": "laconic.pipeline.compare",
-    "inspect": "laconic.pipeline.inspect",
-    "load": "laconic.pipeline.load",
-    "fetch": "laconic.tasks",
-}
-
-__all__ = ["__version__", *_PUBLIC]
-
-if TYPE_CHECKING:
-    from laconic.pipeline.compare import compare as compare
-    from laconic.pipeline.compress import compress as compress
-    from laconic.pipeline.compress import plan as plan
-    from laconic.pipeline.inspect import inspect as inspect
-    from laconic.pipeline.load import load as load
-    from laconic.tasks import fetch as fetch
-
-
-def __getattr__(name: str) -> Any:
-    """Public functions are imported when first touched, so that `import laconic` adds little to `import torch`."""
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'laconic' has no attribute {name!r}")
+# Public names stand in `__init__.pyi` and are imported when first touched, so that `import laconic` costs little.
+__getattr__, __dir__, _public = lazy_loader.attach_stub(__name__, __file__)
+__all__ = ["__version__", *_public]
 
 
 def _register_with_transformers() -> None:

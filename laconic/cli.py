@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from laconic.catalog import commands as catalog_commands
+from laconic.claims import commands as claims_commands
 from laconic.errors import BadInput, LaconicError
 
 app = typer.Typer(
@@ -100,7 +102,7 @@ PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
     resume=(bool, typer.Option("--resume", help="go on where an earlier run stopped"), False),
     dry_run=(bool, typer.Option("--dry-run", help="print the plan and stop"), False),
     threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
-    device=(str, typer.Option(help="cpu"), "cpu"),
+    device=(str, typer.Option(help="where calibration and measuring run: cpu, or cuda"), "cpu"),
     overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
     min_coverage=(float, typer.Option(min=0, max=1, help="least share of elements to pack"), 0.0),
 )  # fmt: skip
@@ -261,6 +263,10 @@ def _progress(silent: bool) -> Iterator[Any]:
             display.update(bars[stage], completed=done, total=total)
 
         yield show
+
+
+catalog_commands.register(app)
+claims_commands.register(app)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from laconic.report.jsonline import KEYS
 from tests.pipeline.runs import ROOT, environ, run_cli, save, token_file
 
 COMMANDS = ("compress", "plan", "inspect", "compare", "fetch", "doctor")
+CATALOG = ("methods", "show", "find", "new", "reproduce")
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +90,14 @@ def test_the_plan_of_a_recipe_is_the_recipe(llama, tmp_path, capsys):
     assert found["size_after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS + CATALOG)
 def test_every_command_has_help(name, capsys):
     code, printed, _ = run_cli(capsys, name, "--help")
     assert code == 0 and f"laconic {name}" in printed
 
 
 def test_all_commands_are_known():
-    assert set(get_command(app).commands) == set(COMMANDS)
+    assert set(get_command(app).commands) == set(COMMANDS + CATALOG)
 
 
 def test_module_and_script_are_the_same():

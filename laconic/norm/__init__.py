@@ -1,5 +1,5 @@
 """Normalization: methods that fold, replace or repair norms."""
 
-from ._fold_batchnorm import Fold, fold_batchnorm, fold_shapes, foldable
+import lazy_loader
 
-__all__ = ["Fold", "fold_batchnorm", "fold_shapes", "foldable"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Dynamic networks: computing less where the input allows it, and sharing what layers have in common."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

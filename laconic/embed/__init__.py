@@ -1,0 +1,5 @@
+"""Embeddings: training, shortening, comparing and classifying by them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Optimizers and schedules, and what large batches and small memories ask of them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

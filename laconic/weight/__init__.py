@@ -1,0 +1,5 @@
+"""Weights: parametrizations, constraints after the step, initialization, and what they mean for learning rates."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
