@@ -105,7 +105,7 @@ def load_model(*, cache: str | os.PathLike[str] | None = None) -> tuple[CifarCNN
     return model, ((torch.zeros(2, 3, 32, 32),), {})
 
 
-def _images(path: Path) -> np.ndarray:
+def read_images(path: Path) -> np.ndarray:
     """The images of one file, a picture whose rows are 32 x 32 x 3 values: (10000, 3, 32, 32) bytes."""
     need("PIL", f"{path.name} is a PNG file")
     from PIL import Image
@@ -138,11 +138,11 @@ def load(
         images = np.empty((len(indices), 3, 32, 32), np.float32)
         for number in range(5):
             if number not in files:
-                files[number] = _images(folder / f"data_batch_{number + 1}.png")
+                files[number] = read_images(folder / f"data_batch_{number + 1}.png")
             here = indices // 10_000 == number
             images[here] = files[number][indices[here] % 10_000]
         inputs[split], answers[split] = (torch.from_numpy(images),), labels[indices]
-    test = _images(folder / "test_batch.png").astype(np.float32)
+    test = read_images(folder / "test_batch.png").astype(np.float32)
     inputs["verify"] = (torch.from_numpy(test),)
     answers["verify"] = np.array(json.loads((folder / "test_lables.json").read_text()), np.int64)
     examples = {s: [f"image {i} of {s} ({CLASSES[y]})" for i, y in enumerate(answers[s])] for s in answers}

