@@ -9,8 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.structure import Structure
-from laconic.norm import fold_batchnorm, fold_shapes, foldable
+from laconic.norm import FoldBatchNorm, fold_batchnorm, fold_shapes, foldable
+from laconic.testing import Example
 from tests.zoo import ZOO, outputs
+
+
+def _convnet(g):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    norm = model[1]
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor, generator=g)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0, generator=g)
+    return [model.eval(), torch.randn(2, 3, 6, 6, generator=g)]
+
+
+def _in_training():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model[1].train()
+    return model, [torch.randn(2, 3, 6, 6)], "1"
+
+
+EXAMPLES = [
+    Example(lambda: FoldBatchNorm(), kind="Pass", traits=("exact",), inputs=_convnet, stated={"refused": _in_training})
+]
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -105,9 +126,7 @@ def refusals() -> list[tuple[nn.Module, str]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"), refusals(), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("model", "reason"), refusals(), ids=lambda value: value if isinstance(value, str) else "")
 def test_refusals_say_why_and_change_nothing(model: nn.Module, reason: str) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f"1 cannot be folded into 0: .*{reason}"):

@@ -7,7 +7,42 @@ import torch
 from torch import nn
 
 from laconic.numerics import Int, Scale, Scheme, fake_quantize
-from laconic.quant import Hessian, bias_correction
+from laconic.quant import BiasCorrection, Hessian, bias_correction
+from laconic.testing import Example
+
+
+def _two_layers(g):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    for p in model.parameters():
+        nn.init.normal_(p, generator=g)
+    return [model.eval(), torch.randn(16, 8, generator=g) + 1]
+
+
+def _rounded(model, structure, arguments):
+    hessians, values, x = {}, {}, arguments[0]
+    for path, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            hessians[path] = Hessian(layer.in_features)
+            hessians[path].add(x)
+            before = layer.weight.detach()
+            values[f"{path}.weight"] = (before, (before * 8).round() / 8)
+        x = layer(x).detach()
+    return {"hessians": hessians, "values": values}
+
+
+def _no_bias():
+    return nn.Sequential(nn.Linear(8, 6, bias=False)).eval(), [torch.randn(4, 8)], "0"
+
+
+EXAMPLES = [
+    Example(
+        lambda: BiasCorrection(),
+        kind="Pass",
+        inputs=_two_layers,
+        stated={"context": _rounded, "bound": 0.2, "refused": _no_bias},
+    )
+]
+
 
 SCHEME = Scheme(Int(3), Scale("channel"))
 

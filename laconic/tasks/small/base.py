@@ -32,6 +32,8 @@ class Rows:
         columns: each (n, ...).
     """
 
+    deterministic = True  # nothing is drawn when a row is read, so the loader need not seed for it
+
     def __init__(self, *columns: Tensor):
         if not columns or len({len(column) for column in columns}) != 1:
             raise ValueError(f"columns of one length are wanted, not of {[len(column) for column in columns]}")
