@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from laconic.core.record import PACK, Record
 from laconic.core.structure import ParameterInfo, Structure
 from laconic.errors import BadInput
 from laconic.nn.packed import PackedParameterSpec, View, _is_conv1d, matrix_shape, op_of
@@ -61,6 +63,11 @@ class Unit:
 
     def spec(self, scheme: Scheme) -> PackedParameterSpec:
         return PackedParameterSpec(scheme, self.shape, self.view)
+
+    def record(self, scheme: Scheme, tensors: Mapping[str, Tensor] | None = None, **said: Any) -> Record:
+        """What packing it under a scheme is, with its tensors and what else there is to say."""
+        data = {"spec": self.spec(scheme).to_json(), "aliases": list(self.names[1:]), "op": self.op, **said}
+        return Record(PACK, self.name, data, dict(tensors or {}))
 
     def stored(self, scheme: Scheme | None) -> int:
         """Bytes under a scheme (header share included), or as it is."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.core.record import PACK, Record, owner_of
+from laconic.core.record import Record, owner_of
 from laconic.core.structure import Structure
 from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors, restore_view
@@ -169,7 +169,7 @@ class _State:
             scheme = self.job.decision[unit.name]
             assert scheme is not None
             weight = matrix_view(self.job.model.get_parameter(unit.name).detach(), unit.view).cpu()
-            value = matrix_view(Packed(self._record(unit, "", key, {}), tensors).value(), unit.view)
+            value = matrix_view(Packed(unit.record(scheme), tensors).value(), unit.view)
             old = self.job.model.get_parameter(bias).detach().cpu()
             tensors["bias"] = bias_correction(mean, weight, value, old)
         self.job.workspace.save(key, tensors)
@@ -181,7 +181,9 @@ class _State:
         said: dict[str, Any] = {"method": method, "loss": float(tensors["loss"]), "key": key}
         if "bias" in tensors:
             said["bias"] = _bias(job, unit)
-        record = self.records[unit.name] = self._record(unit, method, key, said)
+        scheme = job.decision[unit.name]
+        assert scheme is not None
+        record = self.records[unit.name] = unit.record(scheme, **said)
         parameter = owner_of(job.model, unit.name)[0]._parameters[unit.name.rpartition(".")[2]]
         assert parameter is not None
         if parameter.device.type != "meta":
@@ -189,12 +191,6 @@ class _State:
             if "bias" in tensors:
                 job.model.get_parameter(said["bias"]).data.copy_(tensors["bias"])
         job.progress(len(self.records), self.total, unit.name)
-
-    def _record(self, unit: Unit, method: str, key: str, said: dict[str, Any]) -> Record:
-        scheme = self.job.decision[unit.name]
-        assert scheme is not None
-        data = {"spec": unit.spec(scheme).to_json(), "aliases": list(unit.names[1:]), "op": unit.op, **said}
-        return Record(PACK, unit.name, data)
 
     def _held(self, unit: Unit) -> Callable[[int, int], Tensor]:
         parameter = self.job.model.get_parameter(unit.name).detach()
@@ -316,7 +312,8 @@ def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[
     full = {owner(u) for u in missing if job.method == "gptq"}
     stats: dict[str, Hessian | Columns] = {}
     if missing:
-        inputs = Inputs({owner(u): job.model.get_submodule(owner(u)) for u in missing}, full)
+        modules = {owner(u): job.model.get_submodule(owner(u)) for u in missing}
+        inputs = Inputs(modules, full, once=all(job.structure.calls.get(path) == 1 for path in modules))
         look(inputs)
         stats = inputs.result()
         del inputs
@@ -379,7 +376,8 @@ def column_power(job: Solving, units: Iterable[Unit]) -> dict[str, Tensor]:
         for number, block in enumerate(chain.blocks):
             here = [u for u in wanted if inside(u, block)]
             with chain.block(block):
-                inputs = Inputs({owner(u): job.model.get_submodule(owner(u)) for u in here}, set())
+                modules = {owner(u): job.model.get_submodule(owner(u)) for u in here}
+                inputs = Inputs(modules, set(), once=all(job.structure.calls.get(path) == 1 for path in modules))
                 chain.look(block, inputs)
                 stats = inputs.result()
                 found |= {u.name: s.power for u in here if isinstance(s := stats.get(owner(u)), Columns)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.structure import Structure
-from laconic.quant import Hessian
+from laconic.quant import Hessian, fast_products
 
 from .residency import Activations, InMemory, Streamed
 
@@ -37,10 +37,12 @@ class Inputs:
     Args:
         modules: path -> module.
         full: paths whose second moments are wanted; the others get the mean and the mean square of each column alone.
+        once: every module runs once in a forward, so a run may end when all have been seen.
     """
 
-    def __init__(self, modules: Modules, full: set[str]):
-        self.modules, self.full = modules, full
+    def __init__(self, modules: Modules, full: set[str], once: bool = False):
+        self.modules, self.full, self.once = modules, full, once
+        self._waiting = set(modules)
         self.leader: dict[str, str] = {}
         self.found: dict[str, Hessian | Columns] = {}
         self._seen: list[tuple[Tensor, str]] = []
@@ -48,7 +50,7 @@ class Inputs:
     def __enter__(self) -> Inputs:
         self._handles = [
             m.register_forward_pre_hook(
-                lambda mod, args, kwargs, path=path: self._add(path, mod, args, kwargs), with_kwargs=True
+                lambda mod, args, kwargs, path=path: self._note(path, mod, args, kwargs), with_kwargs=True
             )
             for path, m in self.modules.items()
         ]
@@ -59,9 +61,22 @@ class Inputs:
             handle.remove()
         self._seen.clear()
 
-    def next_batch(self) -> None:
-        """Forget the tensors of the last run."""
-        self._seen.clear()
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One run of the model, which may end before its end."""
+        self._waiting = set(self.modules)
+        try:
+            yield
+        except _Stop:
+            pass
+        finally:
+            self._seen.clear()
+
+    def _note(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._add(path, module, args, kwargs)
+        self._waiting.discard(path)
+        if self.once and not self._waiting:
+            raise _Stop
 
     def _add(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -120,10 +135,10 @@ class Columns:
 
 def run_all(model: nn.Module, task: Any, batches: Sequence[Any], inputs: Inputs) -> None:
     """Run a model on all batches with hooks in place."""
-    with inputs:
+    with inputs, fast_products():
         for batch in batches:
-            task.forward(model, batch)
-            inputs.next_batch()
+            with inputs.batch():
+                task.forward(model, batch)
 
 
 class Chain:
@@ -182,15 +197,16 @@ class Chain:
 
     def look(self, block: str, inputs: Inputs) -> None:
         """Run a block on every batch with hooks in place."""
-        with inputs:
+        with inputs, fast_products():
             for number in range(len(self.hidden)):
-                self._call(block, number)
-                inputs.next_batch()
+                with inputs.batch():
+                    self._call(block, number)
 
     def advance(self, block: str) -> None:
         """Replace the activations by the block's outputs."""
-        for number in range(len(self.hidden)):
-            self.hidden[number] = _first(self._call(block, number))
+        with fast_products():
+            for number in range(len(self.hidden)):
+                self.hidden[number] = _first(self._call(block, number))
 
     @contextmanager
     def block(self, block: str) -> Iterator[None]:

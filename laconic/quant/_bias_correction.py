@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from laconic.core.card import Card
 from laconic.core.passes import Context, Decision
 from laconic.core.record import REWRITE, Record
 from laconic.core.structure import Structure
@@ -89,3 +90,19 @@ class BiasCorrection:
         bias = model.get_submodule(record.path).bias
         with torch.no_grad():
             bias.copy_(record.tensors["bias"])
+
+
+CARD = Card(
+    id="bias_correction",
+    title="Data-Free Quantization Through Weight Equalization and Bias Correction",
+    authors="Nagel, van Baalen, Blankevoort, Welling",
+    year=2019,
+    source="arXiv 1906.04721, section 4.2",
+    family="quant",
+    summary="Gives back to a layer's bias the mean output that rounding its weights took away.",
+    objects={"BiasCorrection": "Pass"},
+    use="After plain rounding at 4 bits and below, most of all in convolutional networks.",
+    avoid="After gptq, which has accounted for means already: expect little.",
+    composes=("rtn", "fold_batchnorm"),
+    code="Qualcomm AIMET, BSD-3-Clause",
+)

@@ -30,7 +30,8 @@ from it:
 - the scale of a group that starts inside a block sees the corrections of that block:
   `stale_group_scales=True`;
 - scales are rounded to their storage type, and zero points to integers, before any code is computed;
-- symmetric scales of rows without negative weights use the whole range (official clips the upper half);
+- symmetric scales of rows without negative weights hold their range (official clips its upper half): pass another
+  rule as `choose`;
 - U comes from one Cholesky factor of H with its axes reversed, and its inverse, instead of two factors and an
   inverse;
 - the correction inside a block is applied when a column is reached, in one product, and not after every
@@ -44,16 +45,23 @@ it. Use `rtn` at 8 bits or without data. Cost: 2/3 K^3 + rows K^2 multiplication
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laconic.core.card import Card
+from laconic.core.passes import Context, Decision
+from laconic.core.record import Record
+from laconic.nn import matrix_view, pack_tensors
 from laconic.numerics import Scheme, affine_params, check_finite
 
+from ._products import fast_products
 from ._rtn import Solved
+from ._weights import PackWeights
 
 # Rows of X taken at a time, and the width of the panels of H's lower triangle.
 TOKENS = 8192
@@ -62,10 +70,14 @@ PANEL = 512
 STRIP = 32
 # Elements of unfolded convolution inputs to hold at a time.
 UNFOLDED = 1 << 24
+# Elements of a matrix to turn into columns at a time.
+CHUNK = 1 << 22
 # Damping is multiplied by 10 after a failed factorization, up to this.
 MAX_DAMP = 1e3
 
 Dead = Literal["round", "zero"]
+# How scales and zeros are chosen: as `affine_params(x, scheme, name)`.
+Choose = Callable[[Tensor, Scheme, str], tuple[Tensor, Tensor | None]]
 
 
 # --- the Hessian -------------------------------------------------------------------------------------
@@ -90,7 +102,7 @@ class Hessian:
         self.groups = groups
         self.n = 0
         self.tokens = 0
-        self._sum = torch.zeros((groups, k, k), device=device)
+        self._sum: Tensor | None = torch.zeros((groups, k, k), device=device)
         self._total = torch.zeros((groups, k), dtype=torch.float64, device=device)
 
     @classmethod
@@ -107,8 +119,10 @@ class Hessian:
             sequences: what to add to `n`.
 
         Raises:
-            ValueError: the last axis is not K.
+            ValueError: the last axis is not K, or the matrix was taken.
         """
+        if self._sum is None:
+            raise ValueError(f"Hessian({self.k}): its matrix was taken, it holds no more inputs")
         if x.shape[-1] != self.k:
             raise ValueError(f"Hessian({self.k}): inputs of shape {tuple(x.shape)} do not end in {self.k}")
         if self.groups > 1 and (x.ndim != 3 or x.shape[0] != self.groups):
@@ -119,9 +133,9 @@ class Hessian:
         for g, begin in ((g, b) for g in range(self.groups) for b in range(0, x.shape[1], TOKENS)):
             part = x[g, begin : begin + TOKENS].to(self._sum.device, torch.float32)
             # H is symmetric: panels of the lower triangle save up to half of the products.
-            for a in range(0, self.k, PANEL):
-                b = min(a + PANEL, self.k)
-                self._sum[g, a:b, :b].addmm_(part[:, a:b].T, part[:, :b])
+            with fast_products():
+                for a, b in _blocks_between(0, self.k, PANEL, None):
+                    self._sum[g, a:b, :b].addmm_(part[:, a:b].T, part[:, :b])
             self._total[g] += part.sum(0, dtype=torch.float64)
         self.n += sequences
         self.tokens += x.shape[1]
@@ -137,9 +151,25 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """2/n sum x x^T: (K, K), or (groups, K, K). Zeros before any input."""
-        lower = self._sum.tril()
-        full = (lower + self._sum.tril(-1).mT).mul_(2 / max(1, self.n))
-        return full if self.groups > 1 else full[0]
+        if self._sum is None:
+            raise ValueError(f"Hessian({self.k}): its matrix was taken")
+        return self._finished(self._sum.clone())
+
+    def take(self) -> Tensor:
+        """`matrix`, made where the sums stood: no second (K, K) is held, and nothing can be added any more."""
+        if self._sum is None:
+            raise ValueError(f"Hessian({self.k}): its matrix was taken")
+        sums, self._sum = self._sum, None
+        return self._finished(sums)
+
+    def _finished(self, sums: Tensor) -> Tensor:
+        """Mirror the lower triangle, in place and panel by panel, and scale."""
+        for a, b in _blocks_between(0, self.k, PANEL, None):
+            square = sums[:, a:b, a:b]
+            square.copy_(square.tril() + square.tril(-1).mT)
+            sums[:, a:b, b:] = sums[:, b:, a:b].mT
+        sums.mul_(2 / max(1, self.n))
+        return sums if self.groups > 1 else sums[0]
 
     @property
     def mean(self) -> Tensor:
@@ -247,17 +277,18 @@ def inverse_factor(
     while True:
         for dtype in (torch.float32, torch.float64):
             # K may be large: besides H two (K, K) matrices live at a time, this copy and U.
-            turned = H.flip(0, 1) if backwards is None else H[backwards[:, None], backwards]
+            turned = H.flip(0, 1) if backwards is None else H.index_select(0, backwards).index_select(1, backwards)
             turned = turned.to(dtype)
             damped = diagonal + used * mean
             turned.diagonal().copy_(damped.flip(0) if backwards is None else damped[backwards])
             failed = torch.empty((), dtype=torch.int32, device=H.device)
-            torch.linalg.cholesky_ex(turned, out=(turned, failed))
+            lower = turned.mT  # symmetric, so the same; LAPACK works in place on matrices that lie by columns
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
             if int(failed):
                 continue
-            _invert_lower_(turned)
-            upper = turned.flip(0, 1)
-            del turned
+            _invert_lower_(lower)
+            upper = lower.flip(0, 1)
+            del turned, lower
             diag = upper.diagonal().clone()
             unit = upper.div_(diag[:, None]).float()
             if bool(torch.isfinite(unit.sum())) and bool((diag > 0).all()):
@@ -296,6 +327,7 @@ def gptq_matrix(
     static_groups: bool = False,
     stale_group_scales: bool = False,
     dead: Dead = "round",
+    choose: Choose = affine_params,
     generator: torch.Generator | None = None,
     name: str = "tensor",
 ) -> Solved:
@@ -315,6 +347,7 @@ def gptq_matrix(
         stale_group_scales: as the official code, choose the scale of a group that starts inside a block from
             weights that lack the corrections of that block.
         dead: what becomes of columns whose input was always zero: "round" to nearest, or "zero".
+        choose: the rule for scales, where that of the scheme is not what is wanted.
         generator: randomness of stochastic rounding.
         name: the parameter's path, for messages.
 
@@ -329,70 +362,102 @@ def gptq_matrix(
     rows, k = W.shape
     if isinstance(H, Tensor) and H.ndim == 3 and rows and rows % H.shape[0] == 0:
         options = dict(damp=damp, block=block, act_order=act_order, static_groups=static_groups)
-        options |= dict(stale_group_scales=stale_group_scales, dead=dead, generator=generator, name=name)
+        options |= dict(stale_group_scales=stale_group_scales, dead=dead, choose=choose, generator=generator, name=name)
         return _by_groups(W, H, scheme, options)
     size = H.unit.shape if isinstance(H, Factor) else H.shape
     if size != (k, k):
         raise ValueError(f"{name}: a weight of {k} columns needs a ({k}, {k}) Hessian, got {tuple(size)}")
-    check_finite(W, name)
-    factor = (
-        H
-        if isinstance(H, Factor)
-        else inverse_factor(H, damp=damp, act_order=act_order, dead=dead, name=name)
-    )
-    if rows == 0 or k == 0:
-        empty = torch.empty((rows, k), dtype=torch.uint8, device=W.device)
-        return Solved(empty, *affine_params(W, scheme, name), 0.0, damp=factor.damp)
+    factor = H if isinstance(H, Factor) else inverse_factor(H, damp=damp, act_order=act_order, dead=dead, name=name)
+    (solved,) = gptq_rows(
+        [W], factor, scheme, block=block, static_groups=static_groups, stale_group_scales=stale_group_scales, dead=dead,
+        choose=choose, generator=generator, names=[name],
+    )  # fmt: skip
+    return solved
 
-    # Columns as rows, in the order of rounding: each is then contiguous, and corrected in place.
-    work = W.detach().T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    grid = _Grid(scheme, rows, k, W, factor.order, dynamic=not static_groups, name=name)
+
+def gptq_rows(
+    matrices: Sequence[Tensor],
+    factor: Factor,
+    scheme: Scheme,
+    *,
+    block: int = 128,
+    static_groups: bool = False,
+    stale_group_scales: bool = False,
+    dead: Dead = "round",
+    choose: Choose = affine_params,
+    generator: torch.Generator | None = None,
+    names: Sequence[str],
+) -> list[Solved]:
+    """`gptq_matrix` for matrices that share inputs and scheme, as the rows of one: their columns cost one loop.
+
+    Args:
+        matrices: (rows, K) each; a single one if a scale is shared by a tensor.
+        factor: of their inputs.
+        block: and what follows, see `gptq_matrix`.
+        names: the parameters' paths, for messages.
+    """
+    sizes, k, name = [len(W) for W in matrices], factor.unit.shape[0], ", ".join(names)
+    for one, W in zip(names, matrices, strict=True):
+        check_finite(W, one)
+    rows, device = sum(sizes), factor.unit.device
+    if rows == 0 or k == 0:
+        codes = [torch.empty((size, k), dtype=torch.uint8, device=device) for size in sizes]
+        return [
+            Solved(q, *choose(W, scheme, name), 0.0, damp=factor.damp) for q, W in zip(codes, matrices, strict=True)
+        ]
+    work = _columns(matrices, factor.order)
     if dead == "zero":
-        work[factor.dead] = 0
-    grid.choose_static(W, work)
-    if factor.order is not None:
-        work = work[factor.order]
-    codes = torch.empty((k, rows), dtype=torch.uint8, device=W.device)
-    loss = 0.0
+        work[factor.dead if factor.order is None else factor.dead[factor.order]] = 0
+    grid = _Grid(scheme, rows, k, device, factor.order, dynamic=not static_groups, choose=choose, name=name)
+    grid.choose_static(matrices, work)
+    codes_by_column = torch.empty((k, rows), dtype=torch.uint8, device=device)
+    losses = torch.zeros(rows, dtype=torch.float64, device=device)
     for begin, end in _blocks(k, block, grid.dynamic_group, stale_group_scales):
         if stale_group_scales:
-            grid.choose(work, begin, end)
-        errors = torch.empty((end - begin, rows), device=W.device)
+            grid.choose_dynamic(work, begin, end)
+        errors = torch.empty((end - begin, rows), device=device)
         for a, b in _blocks_between(begin, end, STRIP, grid.dynamic_group):
             if not stale_group_scales:
-                grid.choose(work, a, b)
+                grid.choose_dynamic(work, a, b)
             strip = errors[a - begin : b - begin]
-            codes[a:b] = _round_strip(work[a:b], factor.unit[a:b, a:b], grid, a, strip, generator)
+            codes_by_column[a:b] = _round_strip(work[a:b], factor.unit[a:b, a:b], grid, a, strip, generator)
             if b < end:
                 work[b:end].addmm_(factor.unit[a:b, b:end].T, strip, alpha=-1)
         if end < k:
             work[end:].addmm_(factor.unit[begin:end, end:].T, errors, alpha=-1)
-        per_column = errors.square_().sum(1, dtype=torch.float64)
-        loss += float((per_column / factor.diag[begin:end].double().square()).sum()) / 2
+        losses += errors.div_(factor.diag[begin:end, None]).square_().sum(0, dtype=torch.float64)
     if factor.order is not None:
-        restored = torch.empty_like(codes)
-        restored[factor.order] = codes
-        codes = restored
+        restored = torch.empty_like(codes_by_column)
+        restored[factor.order] = codes_by_column
+        codes_by_column = restored
     scale, zero, g_idx = grid.result()
-    return Solved(codes.T.contiguous(), scale, zero, loss, g_idx, factor.damp)
+    whole = Solved(codes_by_column.T.contiguous(), scale, zero, 0.0, g_idx, factor.damp)
+    return [
+        replace(part, loss=float(loss.sum()) / 2)
+        for part, loss in zip(whole.split(sizes), losses.split(sizes), strict=True)
+    ]
+
+
+def _columns(matrices: Sequence[Tensor], order: Tensor | None) -> Tensor:
+    """(K, rows) float32: columns as rows, in the order of rounding. Each is then contiguous, and corrected in place."""
+    k = matrices[0].shape[1]
+    work = torch.empty((k, sum(len(W) for W in matrices)), device=matrices[0].device)
+    step, at = max(1, CHUNK // k), 0
+    for part in (part for W in matrices for part in W.detach().split(step)):
+        columns = part.T if order is None else part[:, order].T
+        work[:, at : at + len(part)] = columns
+        at += len(part)
+    return work
 
 
 def _by_groups(W: Tensor, H: Tensor, scheme: Scheme, options: dict) -> Solved:
     """A grouped convolution, in which every run of rows has inputs of its own."""
     if scheme.scale.granularity == "tensor":
-        raise ValueError(
-            f"{options['name']}: groups of a convolution are solved apart, use a scale per channel"
-        )
+        raise ValueError(f"{options['name']}: groups of a convolution are solved apart, use a scale per channel")
     parts = [gptq_matrix(w, h, scheme, **options) for w, h in zip(W.chunk(H.shape[0]), H, strict=True)]
     if parts[0].g_idx is not None:
         raise ValueError(f"{options['name']}: act_order of a grouped convolution needs static_groups")
-    return Solved(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        None if parts[0].zero is None else torch.cat([part.zero for part in parts]),
-        sum(part.loss for part in parts),
-        damp=max(part.damp for part in parts),
-    )
+    return Solved.of_rows(parts)
 
 
 def _round_strip(
@@ -437,9 +502,17 @@ class _Grid:
     """Scales and zeros of the columns in the order of rounding: chosen at once, or group by group."""
 
     def __init__(
-        self, scheme: Scheme, rows: int, k: int, like: Tensor, order: Tensor | None, dynamic: bool, name: str
+        self,
+        scheme: Scheme,
+        rows: int,
+        k: int,
+        device: torch.device,
+        order: Tensor | None,
+        dynamic: bool,
+        choose: Choose,
+        name: str,
     ) -> None:
-        self.scheme, self.name = scheme, name
+        self.scheme, self.name, self._rule = scheme, name, choose
         self.top = scheme.element.levels - 1
         self.group = scheme.scale.group_of(k) if scheme.scale.granularity == "group" else k
         groups = -(-k // self.group)
@@ -447,39 +520,40 @@ class _Grid:
         self.dynamic = grouped and dynamic
         self.dynamic_group = self.group if self.dynamic else None
         self.order = order
-        column = torch.arange(k, device=like.device)
+        column = torch.arange(k, device=device)
         self.index = (order if order is not None and not self.dynamic else column) // self.group
-        self.scale = torch.empty((groups, rows), dtype=scheme.scale.torch_dtype, device=like.device)
+        self.scale = torch.empty((groups, rows), dtype=scheme.scale.torch_dtype, device=device)
         zero_dtype = torch.uint8 if scheme.zero == "int" else scheme.scale.torch_dtype
-        self.zero = (
-            None
-            if scheme.zero == "none"
-            else torch.empty((groups, rows), dtype=zero_dtype, device=like.device)
-        )
+        self.zero = None if scheme.zero == "none" else torch.empty((groups, rows), dtype=zero_dtype, device=device)
         self.per_row = scheme if not grouped else scheme.with_(granularity="channel", group=None)
 
-    def choose_static(self, W: Tensor, work: Tensor) -> None:
-        """Scales known before rounding: of rows from W as given (as official), of groups from `work`."""
+    def choose_static(self, matrices: Sequence[Tensor], work: Tensor) -> None:
+        """Scales known before rounding: of rows from the weights as given (as official), of groups from `work`."""
+        k = work.shape[0]
         if self.scheme.scale.granularity != "group":
-            self._store(0, *affine_params(W.float(), self.scheme, self.name))
+            at = 0
+            step = max(1, CHUNK // k) if self.scheme.scale.granularity != "tensor" else work.shape[1]
+            for part in (part for W in matrices for part in W.detach().split(step)):
+                self._store(0, slice(at, at + len(part)), *self._rule(part.float(), self.scheme, self.name))
+                at += len(part)
         elif not self.dynamic:
-            for g in range(self.scale.shape[0]):
-                self._choose_group(g, work)
+            place = torch.arange(k) if self.order is None else torch.argsort(self.order)
+            for g, columns in enumerate(place.split(self.group)):
+                self._choose_group(g, work[columns])
 
-    def choose(self, work: Tensor, begin: int, end: int) -> None:
+    def choose_dynamic(self, work: Tensor, begin: int, end: int) -> None:
         """Scales of the groups whose first column lies in begin..end, from `work` as it is now."""
         if self.dynamic:
             for g in range(-(-begin // self.group), -(-end // self.group)):
-                self._choose_group(g, work)
+                self._choose_group(g, work[g * self.group : (g + 1) * self.group])
 
-    def _choose_group(self, g: int, work: Tensor) -> None:
-        columns = work[g * self.group : (g + 1) * self.group]
-        self._store(g, *affine_params(columns.T, self.per_row, self.name))
+    def _choose_group(self, g: int, columns: Tensor) -> None:
+        self._store(g, slice(None), *self._rule(columns.T, self.per_row, self.name))
 
-    def _store(self, g: int, scale: Tensor, zero: Tensor | None) -> None:
-        self.scale[g] = scale[:, 0]
-        if zero is not None:
-            self.zero[g] = zero[:, 0]
+    def _store(self, g: int, rows: slice, scale: Tensor, zero: Tensor | None) -> None:
+        self.scale[g, rows] = scale[:, 0]
+        if self.zero is not None and zero is not None:
+            self.zero[g, rows] = zero[:, 0]
 
     def of_columns(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero (n, rows) float32 of columns in the order of rounding."""
@@ -527,3 +601,52 @@ def output_error(D: Tensor, H: Tensor) -> float:
         part = D[begin : begin + step].float()
         total += float(((part @ H) * part).sum(dtype=torch.float64))
     return total
+
+
+@dataclass(frozen=True)
+class GPTQ(PackWeights):
+    """The pass: every linear layer and convolution whose inputs are known, by `gptq_matrix`.
+
+    Args:
+        scheme: how to store them.
+        damp, act_order, static_groups: see `gptq_matrix`.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+
+    id: ClassVar = "gptq"
+    needs: ClassVar = frozenset({"data", "float"})
+    ops: ClassVar = ("linear", "conv")
+
+    def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
+        """Codes and scales of the parameter at `path`, from `ctx.hessians` of its module."""
+        scheme = Scheme.parse(decision.units[path]["scheme"])
+        unit = self._unit(path, ctx.structure, ctx.model)
+        layer = path.rpartition(".")[0]
+        if layer not in ctx.hessians:
+            raise ValueError(f"{layer}: GPTQ needs the second moment of its inputs on calibration data")
+        solved = gptq_matrix(
+            matrix_view(ctx.model.get_parameter(path).detach(), unit.view), ctx.hessians[layer].matrix, scheme,
+            damp=self.damp, act_order=self.act_order, static_groups=self.static_groups, name=path,
+        )  # fmt: skip
+        tensors = pack_tensors(unit.spec(scheme), solved.codes, solved.scale, solved.zero)
+        return unit.record(scheme, tensors, method="gptq", loss=solved.loss)
+
+
+CARD = Card(
+    id="gptq",
+    title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    authors="Frantar, Ashkboos, Hoefler, Alistarh",
+    year=2022,
+    source="arXiv 2210.17323",
+    family="quant",
+    summary="Rounds the columns of a weight one by one, and lets those not yet rounded absorb each one's error.",
+    objects={"GPTQ": "Pass"},
+    use="At 4 bits and below, where some thousand tokens of calibration data are at hand.",
+    avoid="At 8 bits, where rtn is as good and takes seconds, or where inputs at hand are not those of later use.",
+    composes=("scale_tuning", "smoothquant", "fold_batchnorm"),
+    vectors=("formats", "gptq"),
+    code="IST-DASLab/gptq, Apache-2.0",
+)

@@ -16,12 +16,20 @@ without calibration data, and when seconds count. Use `gptq` at 4 bits and below
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from laconic.core.card import Card
+from laconic.core.passes import Context, Decision
+from laconic.core.record import Record
+from laconic.nn import matrix_view, pack_tensors
 from laconic.numerics import Scheme, affine_params, dequantize, quantize
+
+from ._weights import PackWeights
 
 # Elements of a chunk of rows; about eight float32 temporaries of this size live at once.
 CHUNK = 1 << 22
@@ -55,6 +63,26 @@ class Solved:
         scale = self.scale.float()[:, self.g_idx]
         zero = float(scheme.element.levels // 2) if self.zero is None else self.zero.float()[:, self.g_idx]
         return scale * (self.codes.float() - zero)
+
+    def split(self, sizes: Sequence[int]) -> list[Solved]:
+        """Runs of rows of these sizes, with the whole's `loss`; of one alone where a scale is shared by all rows."""
+        if len(sizes) == 1:
+            return [self]
+        zeros = [None] * len(sizes) if self.zero is None else self.zero.split(list(sizes))
+        parts = zip(self.codes.split(list(sizes)), self.scale.split(list(sizes)), zeros, strict=True)
+        return [Solved(codes, scale, zero, self.loss, self.g_idx, self.damp) for codes, scale, zero in parts]
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[Solved]) -> Solved:
+        """Parts below each other; losses add up, the largest damping is kept."""
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scale for part in parts]),
+            torch.cat(zeros) if zeros else None,
+            sum(part.loss for part in parts),
+            damp=max((part.damp for part in parts if part.damp is not None), default=None),
+        )
 
 
 def round_to_nearest(
@@ -91,3 +119,46 @@ def round_to_nearest(
     if shared is not None:
         return Solved(codes, *shared, loss)
     return Solved(codes, torch.cat(scales), None if zeros[0] is None else torch.cat(zeros), loss)
+
+
+class RTN(PackWeights):
+    """The pass: every parameter that can be packed, rounded to nearest.
+
+    Example:
+        >>> from torch import nn
+        >>> from laconic.core import passes
+        >>> from laconic.core.structure import Structure
+        >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+        >>> structure = Structure.build(model, ((torch.randn(2, 64),), {}))
+        >>> records, left = passes.run(RTN("v1/int8/channel/float16/minmax/znone/nearest"), passes.Context(model, structure))
+        >>> [record.path for record in records], sorted(left)
+        (['0.weight', '2.weight'], ['0.bias', '2.bias'])
+    """
+
+    id: ClassVar = "rtn"
+    needs: ClassVar = frozenset({"float"})
+
+    def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
+        """Codes and scales of the parameter at `path`; `loss` is the share of its energy that is error."""
+        scheme = Scheme.parse(decision.units[path]["scheme"])
+        unit = self._unit(path, ctx.structure, ctx.model)
+        matrix = matrix_view(ctx.model.get_parameter(path).detach(), unit.view)
+        solved = round_to_nearest(matrix, scheme, path, torch.Generator().manual_seed(ctx.seed))
+        power = float(matrix.float().square().sum(dtype=torch.float64)) or 1.0
+        tensors = pack_tensors(unit.spec(scheme), solved.codes, solved.scale, solved.zero)
+        return unit.record(scheme, tensors, method="rtn", loss=solved.loss / power)
+
+
+CARD = Card(
+    id="rtn",
+    title="Round to nearest",
+    authors="folklore",
+    year=2017,
+    source="the affine form is that of arXiv 1712.05877",
+    family="quant",
+    summary="Gives each group of weights a scale from its own values, and each weight the nearest code; needs no data.",
+    objects={"RTN": "Pass"},
+    use="At 8 bits, for embeddings, without calibration data, and as the baseline that every other method has to beat.",
+    avoid="At 4 bits and below where calibration data are at hand: gptq loses less.",
+    composes=("fold_batchnorm", "smoothquant", "bias_correction"),
+)

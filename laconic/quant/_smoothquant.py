@@ -30,6 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from laconic.core.card import Card
 from laconic.core.passes import Context, Decision
 from laconic.core.record import REWRITE, Record
 from laconic.core.structure import Structure
@@ -213,3 +214,20 @@ def _stored_in_out(structure: Structure, name: str) -> bool:
     return any(
         use.transposed for use in structure.parameters[structure.name_of(name)].uses if use.role == "weight"
     )
+
+
+CARD = Card(
+    id="smoothquant",
+    title="SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+    authors="Xiao, Lin, Seznec, Wu, Demouth, Han",
+    year=2022,
+    source="arXiv 2211.10438",
+    family="quant",
+    summary="Moves outliers of activations out of a norm's output into the weights that read it, exactly.",
+    objects={"SmoothQuant": "Pass"},
+    traits={"SmoothQuant": ("exact",)},
+    use="Before activations are quantized, most of all at 8 bits for weights and activations.",
+    avoid="For weights alone where activations have outliers: it makes weights harder to round.",
+    composes=("gptq", "rtn"),
+    code="mit-han-lab/smoothquant, MIT",
+)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from laconic.numerics import Scheme, affine, affine_params
+
 FOLDER = Path(os.environ.get("LACONIC_VECTORS") or Path(__file__).parents[1] / "vectors")
 
 
@@ -54,3 +56,32 @@ def load(name: str) -> Golden:
     with np.load(FOLDER / f"{name}.npz") as stored:
         arrays = {key: torch.from_numpy(np.array(stored[key])) for key in stored.files}
     return Golden(about["cases"], arrays, about["tolerance"])
+
+
+def official_scales(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
+    """`affine_params`, but with the two cases of IST-DASLab/gptq that the library does not follow.
+
+    - symmetric, no negative weight in the row: the range stays [0, max], so s = max / (2^b - 1) while the zero point
+      stays 2^(b-1), and the upper half of the range is clipped;
+    - only zeros in the row: the range is [-1, 1].
+
+    Args:
+        x: (rows, k), each row with a scale of its own.
+        scheme: per row or per tensor.
+        name: for messages.
+    """
+    scale, zero = affine_params(x, scheme, name)
+    rows = x.reshape(scale.shape[0], -1).float()
+    top, half = scheme.element.levels - 1, scheme.element.levels // 2
+    for r, row in enumerate(rows):
+        if not bool((row != 0).any()):
+            scale[r], shifted = 2 / top, round(top / 2)
+            if zero is not None:
+                zero[r] = shifted
+        elif scheme.zero == "none" and bool((row >= 0).all()):
+            steps = int(affine.MSE_SHRINK * affine.MSE_GRID) if scheme.scale.rule == "mse" else 1
+            candidates = torch.tensor([1 - i / affine.MSE_GRID for i in range(steps)]) * row.max() / top
+            codes = (row / candidates[:, None]).round().clamp(-half, top - half)
+            errors = (candidates[:, None] * codes - row).abs().pow(affine.MSE_NORM).sum(1)
+            scale[r] = candidates[errors.argmin()]
+    return scale, zero

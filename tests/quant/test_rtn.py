@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from laconic.numerics import Int, NotFinite, Scale, Scheme, affine_params, quantize
-from laconic.quant import round_to_nearest
+from laconic.quant import RTN, round_to_nearest
+from laconic.testing import Example
+
+
+def _network(g: torch.Generator) -> list:
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16)).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, generator=g)
+    return [model, torch.randint(0, 40, (3, 5), generator=g)]
+
+
+def _only_small() -> tuple:
+    return nn.Sequential(nn.Linear(4, 4)).eval(), [torch.randn(2, 4)], "0.weight"
+
+
+EXAMPLES = [
+    Example(
+        lambda: RTN("v1/int8/group16/float16/minmax/zint/nearest"), kind="Pass", inputs=_network,
+        stated={"bound": 0.02, "refused": _only_small},
+    )
+]  # fmt: skip
 
 SHARES = [Scale("tensor"), Scale("channel", rule="mse"), Scale("group", 5, "float16", rule="percentile")]
 

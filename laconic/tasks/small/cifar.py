@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cifar_cnn import read_images
 from .base import Baseline, ClassTask, Rows, draw
 from .networks import ResidualNetwork
 from .sources import locate
@@ -37,7 +36,7 @@ def load(
     files = min(FILES, 1 + (train + VALIDATE) // (PER_FILE * 3 // 4))
     labels = np.array(json.loads((folder / "train_lables.json").read_text()), np.int64)[: files * PER_FILE]
     splits = draw(name, labels, {"validate": VALIDATE, "train": train}, seed)
-    images = np.concatenate([readread_images(folder / f"data_batch_{i + 1}.png") for i in range(files)])
+    images = np.concatenate([read_images(folder / f"data_batch_{i + 1}.png") for i in range(files)])
     data = {split: _rows(images[i], labels[i]) for split, i in splits.items()}
     data["test"] = _test_rows(folder)
     return ClassTask(name, data, lambda: ResidualNetwork(10), BASELINE, seed)
@@ -45,7 +44,7 @@ def load(
 
 def _test_rows(folder: Path) -> Rows:
     answers = np.array(json.loads((folder / "test_lables.json").read_text()), np.int64)
-    return _rows(readread_images(folder / "test_batch.png")[TEST], answers[TEST])
+    return _rows(read_images(folder / "test_batch.png")[TEST], answers[TEST])
 
 
 def _rows(images: np.ndarray, labels: np.ndarray) -> Rows:

@@ -1,0 +1,26 @@
+# The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._bias_correction import BiasCorrection as BiasCorrection
+from ._bias_correction import bias_correction as bias_correction
+from ._calibrated import Calibrated as Calibrated
+from ._calibrated import Matrix as Matrix
+from ._calibrated import solve_calibrated as solve_calibrated
+from ._gptq import GPTQ as GPTQ
+from ._gptq import Factor as Factor
+from ._gptq import Hessian as Hessian
+from ._gptq import conv_inputs as conv_inputs
+from ._gptq import gptq_matrix as gptq_matrix
+from ._gptq import inverse_factor as inverse_factor
+from ._gptq import output_error as output_error
+from ._products import fast_products as fast_products
+from ._rtn import RTN as RTN
+from ._rtn import Solved as Solved
+from ._rtn import round_to_nearest as round_to_nearest
+from ._scale_tuning import Tuned as Tuned
+from ._scale_tuning import refine_codes as refine_codes
+from ._scale_tuning import tune as tune
+from ._scale_tuning import tune_scales as tune_scales
+from ._smoothquant import Smoothed as Smoothed
+from ._smoothquant import SmoothQuant as SmoothQuant
+from ._smoothquant import apply_smooth as apply_smooth
+from ._smoothquant import smooth_norm as smooth_norm
+from ._smoothquant import smooth_scales as smooth_scales
