@@ -35,6 +35,8 @@ def latency_ms(runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: 
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # else only the launch would be timed
             if number:
                 times[name].append(1000 * (time.perf_counter() - start))
         if number >= 2 and time.perf_counter() - begin > seconds:

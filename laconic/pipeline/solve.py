@@ -130,36 +130,34 @@ class _State:
         self._keep(unit, "rtn", key, tensors)
 
     def finish(self, units: Sequence[Unit], keys: dict[str, str], stats: Hessian | Columns | None) -> None:
-        """Keep what an earlier run left of `units`, which read the same inputs, and solve the rest."""
+        """Keep what an earlier run left of `units`, which read the same inputs, and solve the rest.
+
+        All are solved together, also where only some are missing: the bits of a product may depend on how many rows it has.
+        """
         job = self.job
         found = {u.name: job.workspace.load(keys[u.name]) for u in units}
-        missing = [u for u in units if found[u.name] is None]
-        if missing:
+        if any(tensors is None for tensors in found.values()):
             assert stats is not None
             mean = stats.mean.cpu()
-            if job.method == "gptq" and isinstance(stats, Hessian):
-                weights = [matrix_view(job.model.get_parameter(u.name).detach(), u.view) for u in missing]
-                wanted = [
-                    Matrix(u.name, w, s)
-                    for u, w in zip(missing, weights, strict=True)
-                    if (s := job.decision[u.name]) is not None
-                ]
-                solved = solve_calibrated(wanted, stats)
-                del weights, wanted
-                for unit, one in zip(missing, solved, strict=True):
-                    scheme = job.decision[unit.name]
-                    assert scheme is not None
-                    tensors = pack_tensors(unit.spec(scheme), one.solved.codes, one.solved.scale, one.solved.zero)
-                    tensors["loss"] = torch.tensor(one.loss, dtype=torch.float64)
-                    found[unit.name] = self._save(unit, keys[unit.name], tensors, mean)
-            else:
-                for unit in missing:
-                    scheme = job.decision[unit.name]
-                    assert scheme is not None
-                    tensors = round_rows(self._held(unit), unit, scheme)
+            for unit, tensors in zip(units, self._solved(units, stats), strict=True):
+                if found[unit.name] is None:
                     found[unit.name] = self._save(unit, keys[unit.name], tensors, mean)
         for unit in units:
             self._keep(unit, job.method, keys[unit.name], found[unit.name] or {})
+
+    def _solved(self, units: Sequence[Unit], stats: Hessian | Columns) -> list[dict[str, Tensor]]:
+        """What is stored of units that read the same inputs."""
+        job = self.job
+        schemes = [s for u in units if (s := job.decision[u.name]) is not None]
+        if job.method != "gptq" or not isinstance(stats, Hessian):
+            return [round_rows(self._held(u), u, s) for u, s in zip(units, schemes, strict=True)]
+        weights = [matrix_view(job.model.get_parameter(u.name).detach(), u.view) for u in units]
+        wanted = [Matrix(u.name, w, s) for u, w, s in zip(units, weights, schemes, strict=True)]
+        stored = []
+        for unit, scheme, one in zip(units, schemes, solve_calibrated(wanted, stats), strict=True):
+            tensors = pack_tensors(unit.spec(scheme), one.solved.codes, one.solved.scale, one.solved.zero)
+            stored.append({**tensors, "loss": torch.tensor(one.loss, dtype=torch.float64)})
+        return stored
 
     def _save(self, unit: Unit, key: str, tensors: dict[str, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Keep a solution, with the corrected bias where there is one."""
@@ -308,11 +306,11 @@ def _walk_chain(job: Solving, state: _State, chain: Chain, units: list[Unit], sp
 def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[[Inputs], None]) -> None:
     """Collect statistics for the stage's units and solve them; reuse what an earlier run left."""
     keys = {u.name: state.key(u, job.method) for u in stage}
-    missing = [u for u in stage if not job.workspace.has(keys[u.name])]
-    full = {owner(u) for u in missing if job.method == "gptq"}
+    missing = [u for u in stage if job.workspace.read(keys[u.name]) is None]  # also what was torn as it was written
+    full = {owner(u) for u in stage if job.method == "gptq"}
     stats: dict[str, Hessian | Columns] = {}
     if missing:
-        modules = {owner(u): job.model.get_submodule(owner(u)) for u in missing}
+        modules = {owner(u): job.model.get_submodule(owner(u)) for u in stage}
         inputs = Inputs(modules, full, once=all(job.structure.calls.get(path) == 1 for path in modules))
         look(inputs)
         stats = inputs.result()

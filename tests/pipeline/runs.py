@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,13 @@ def hashes(folder: Path) -> dict[str, str]:
 def process(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m laconic ARGS` in a process of its own."""
     return subprocess.run(
-        command(*args), env=environ(**environment), capture_output=True, text=True, timeout=240
+        command(*args), env=environ(**environment), capture_output=True, text=True, timeout=240, preexec_fn=_hear_ctrl_c
     )
+
+
+def _hear_ctrl_c() -> None:
+    """A test run started in the background of a shell ignores SIGINT, and would hand that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def command(*args: object) -> list[str]:
