@@ -25,6 +25,7 @@ from laconic import __version__
 from laconic.core.record import FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
+from laconic.numerics import Scheme
 from laconic.pipeline.source_base import Source
 from laconic.pipeline.source_folder import EXTRAS
 from laconic.pipeline.tensorfile import CHUNK, SINGLE
@@ -155,37 +156,42 @@ def structural(record: Record) -> dict[str, Any]:
 
 def _foreign(model: nn.Module) -> dict[str, Any]:
     """compressed-tensors' description of the linear layers that have its form; the others are ignored."""
-    groups: dict[str, list[str]] = {}
-    schemes = {}
+    groups: dict[tuple[str, int | None], list[str]] = {}
     for path, spec in packed_specs(model).items():
         module_path, _, name = path.rpartition(".")
         scheme, k = spec.scheme, spec.matrix[1]
         fits = scheme.zero != "real" and scheme.scale.granularity in ("channel", "group") and scheme.fits(k)
         if name == "weight" and isinstance(model.get_submodule(module_path), nn.Linear) and fits:
-            groups.setdefault(str(scheme), []).append(module_path)
-            schemes[str(scheme)] = scheme
+            # Their reader wants a length that the row has, ours cuts one that is longer.
+            length = scheme.scale.group_of(k) if scheme.scale.granularity == "group" else None
+            groups.setdefault((str(scheme), length), []).append(module_path)
     described = {path for paths in groups.values() for path in paths}
     ignored = sorted(
         path for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path not in described
     )  # fmt: skip
-    config_groups = {
-        f"group_{i}": {
-            "targets": sorted(groups[text]),
+    config_groups = {}
+    for i, (text, length) in enumerate(sorted(groups, key=str)):
+        scheme = Scheme.parse(text)
+        config_groups[f"group_{i}"] = {
+            "targets": sorted(groups[text, length]),
             "weights": {
-                "num_bits": schemes[text].bits,
+                "num_bits": scheme.bits,
                 "type": "int",
-                "symmetric": schemes[text].symmetric,
-                "strategy": schemes[text].scale.granularity,
-                "group_size": schemes[text].scale.group,
+                "symmetric": scheme.symmetric,
+                "strategy": scheme.scale.granularity,
+                "group_size": length,
                 "dynamic": False,
             },
             "input_activations": None,
             "output_activations": None,
         }
-        for i, text in enumerate(sorted(groups))
+    return {
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": ignored,
     }
-    return {"format": "pack-quantized", "config_groups": config_groups, "ignore": ignored}
 
 
 def _compute_dtype(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -19,6 +20,21 @@ def peak_rss() -> int:
     """Peak resident memory of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def tight_heap() -> None:
+    """Let the C library give large buffers back as soon as they are freed.
+
+    glibc by default keeps freed blocks of up to 32 MiB, and after some hundred layers of different shapes the gaps between
+    them are a good part of a bound. Other C libraries are left as they are.
+    """
+    threshold, trim = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option in (threshold, trim):
+        mallopt(option, 1 << 20)
 
 
 def latency_ms(runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 20.0) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from laconic.kernels import native
 from laconic.nn import storage_names
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
-from laconic.quant import SmoothQuant
+from laconic.quant import SmoothQuant, no_fast_products
 from laconic.tasks import Comparison, Evaluation, Task, load_task, own_model
 from laconic.tasks import compare as compare_evaluations
 
@@ -35,7 +35,7 @@ from . import interrupt
 from .budget import Budget
 from .decide import fisher, option_costs
 from .ledger import coverage, ledger
-from .measure import latency_ms, machine, peak_rss, run_batch, versions
+from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
 from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
 from .recipe import Recipe
@@ -208,6 +208,7 @@ class Run:
                 f"--max-ram is {bound:,} bytes; Python, torch and transformers alone take about "
                 f"{RUNTIME:,}, so at least {RUNTIME + (150 << 20):,} are needed"
             )
+        tight_heap()
         needed = RUNTIME + 4 * floats
         if needed <= bound:
             return False
@@ -240,7 +241,8 @@ class Run:
         workspace.open(2 * ceiling)  # the records of solved units, and the file
         self.workspace = workspace
         try:
-            return self._execute()
+            with no_fast_products() if self.options.max_ram is not None else nullcontext():
+                return self._execute()
         except BadInput:
             workspace.abandon()
             raise
@@ -256,6 +258,7 @@ class Run:
                 "run", 2, digests, self.budget.text, recipe.model_dump(), self.options.seed,
                 list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
                 torch.get_num_threads(), self.options.batch, self.options.seq, ground.streamed, self.options.device,
+                self.options.max_ram is None,
             )  # fmt: skip
         decision, method = self._decide()
         share = coverage(ground, decision)

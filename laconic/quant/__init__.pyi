@@ -1,4 +1,7 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._awq import AWQ as AWQ
+from ._awq import clipped_round as clipped_round
+from ._awq import search_scale as search_scale
 from ._bias_correction import BiasCorrection as BiasCorrection
 from ._bias_correction import bias_correction as bias_correction
 from ._calibrated import Calibrated as Calibrated
@@ -11,7 +14,12 @@ from ._gptq import conv_inputs as conv_inputs
 from ._gptq import gptq_matrix as gptq_matrix
 from ._gptq import inverse_factor as inverse_factor
 from ._gptq import output_error as output_error
+from ._llm_int8 import LLMInt8 as LLMInt8
+from ._llm_int8 import int8_linear as int8_linear
+from ._llm_int8 import int8_rows as int8_rows
+from ._llm_int8 import round_inputs as round_inputs
 from ._products import fast_products as fast_products
+from ._products import no_fast_products as no_fast_products
 from ._rtn import RTN as RTN
 from ._rtn import Solved as Solved
 from ._rtn import round_to_nearest as round_to_nearest

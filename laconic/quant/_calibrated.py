@@ -35,8 +35,9 @@ from ._scale_tuning import tune, tune_scales
 # From here down a searched range, and codes refined once more, take enough of the error to be worth their time.
 SEARCH_BITS = 4
 REFINE_BITS = 3
-# Elements of a chunk of rows.
+# Elements of a chunk of rows, and of matrices whose columns go through one loop: larger ones gain nothing by company.
 CHUNK = 1 << 22
+STACKED = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,21 @@ def _together(matrices: Sequence[Matrix], H: Tensor, damp: float) -> list[Calibr
 
 
 def _by_scheme(matrices: Sequence[Matrix]) -> list[list[int]]:
-    """Indices of matrices that can be rows of one: a scale per tensor stands alone."""
-    alike: dict[tuple[Scheme, int], list[int]] = {}
+    """Indices of matrices that are rounded as the rows of one: of one scheme, up to STACKED elements in all.
+
+    A scale per tensor stands alone.
+    """
+    alike: list[list[int]] = []
     for i, matrix in enumerate(matrices):
         alone = matrix.scheme.scale.granularity == "tensor"
-        alike.setdefault((matrix.scheme, i if alone else -1), []).append(i)
-    return list(alike.values())
+        for others in alike:
+            size = sum(matrices[j].W.numel() for j in others) + matrix.W.numel()
+            if not alone and matrices[others[0]].scheme == matrix.scheme and size <= STACKED:
+                others.append(i)
+                break
+        else:
+            alike.append([i])
+    return alike
 
 
 def _round(matrices: list[Matrix], factor: Factor) -> list[Solved]:

@@ -19,11 +19,25 @@ import torch
 TRIED = 256
 
 
+_barred = 0
+
+
+@contextmanager
+def no_fast_products() -> Iterator[None]:
+    """Until the end of the block, `fast_products` changes nothing: oneDNN keeps hundreds of megabytes for later use."""
+    global _barred
+    _barred += 1
+    try:
+        yield
+    finally:
+        _barred -= 1
+
+
 @contextmanager
 def fast_products() -> Iterator[None]:
     """Let float32 products on the CPU take the faster way, in this process, until the end of the block."""
     options = _options()
-    if options is None or not _still_float32():
+    if options is None or _barred or not _still_float32():
         yield
         return
     before = options.fp32_precision

@@ -147,9 +147,9 @@ def test_the_model_is_left_as_it_was(name: str, how: str) -> None:
 
 def test_a_billion_parameters_on_meta_take_seconds() -> None:
     model, example = llama_1b_meta()
-    began = time.perf_counter()
+    began = time.process_time()  # whatever else the machine does
     structure = Structure.build(model, example)
-    assert time.perf_counter() - began < 15
+    assert time.process_time() - began < 15
     assert structure.how == "export"
     assert structure.unused() == []
     assert structure.ties == [("model.embed_tokens.weight", "lm_head.weight")]

@@ -87,7 +87,7 @@ def test_streaming_is_resumed(large, whole, tmp_path, monkeypatch):
 def test_calibration_is_streamed_block_by_block_to_the_same_bytes(large, tmp_path, monkeypatch):
     """Weights and activations pass through disk, and every unit is solved as it is in memory."""
     data = token_file(tmp_path / "t.npz", rows=60)
-    whole = compress(large, data, "size=5x", out=tmp_path / "whole")
+    whole = compress(large, data, "size=5x", max_ram="64GB", out=tmp_path / "whole")  # it fits
     spilled = []
     real = residency.Activations.__init__
     monkeypatch.setattr(residency.Activations, "__init__", lambda self, to: (spilled.append(to), real(self, to))[1])
