@@ -17,12 +17,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SOURCES := $(wildcard laconic/kernels/cpu/*.cpp laconic/kernels/cpu/*.hpp)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint wheel clean distclean
+.PHONY: help install demo test lint docs wheel clean distclean
 
 help:
 	@echo "make demo       compress a real network on real data, and report"
 	@echo "make test       lint, types, and all tests"
 	@echo "make lint       ruff and mypy alone"
+	@echo "make docs       build the site into site/"
 	@echo "make install    set up .venv alone"
 	@echo "make wheel      build a wheel and an sdist into dist/"
 	@echo "make clean      remove what was built (the next make installs again, without network)"
@@ -68,12 +69,22 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Strict: a dead link, or a public name without a docstring, stops the build.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "The site: site/index.html"
+
+# The extra `docs`, by itself: naming it with laconic would build the kernels again.
+.venv/.docs: constraints.txt | .venv/.installed
+	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
 wheel: .venv/.installed
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .venv/.installed .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find laconic tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

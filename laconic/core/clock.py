@@ -53,8 +53,10 @@ class Clock:
         return True
 
     def state_dict(self) -> dict[str, int]:
+        """The counts by name."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where an earlier training stood."""
         for field in fields(self):
             setattr(self, field.name, int(state[field.name]))

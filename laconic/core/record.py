@@ -41,10 +41,16 @@ class Record:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """As `laconic.json` holds it; the tensors stand in `model.safetensors`."""
         return {"action": self.action, "path": self.path, **self.data}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Record:
+        """A record of `laconic.json`.
+
+        Raises:
+            BadInput: it does not parse, or its action is not known.
+        """
         rest = {k: v for k, v in data.items() if k not in ("action", "path")}
         try:
             record = Record(str(data["action"]), str(data["path"]), rest)

@@ -55,13 +55,16 @@ class Unit:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the float parameter."""
         return self.numel * self.dtype.itemsize
 
     def spec(self, scheme: Scheme) -> PackedParameterSpec:
+        """How it is stored under a scheme."""
         return PackedParameterSpec(scheme, self.shape, self.view)
 
     def record(self, scheme: Scheme, tensors: Mapping[str, Tensor] | None = None, **said: Any) -> Record:

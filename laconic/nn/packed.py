@@ -58,10 +58,16 @@ class PackedParameterSpec:
         return {**self.scheme.tensors(*self.matrix), "shape": (torch.int64, (len(self.shape),))}
 
     def to_json(self) -> dict[str, Any]:
+        """As records hold it."""
         return {"scheme": str(self.scheme), "shape": list(self.shape), "view": self.view}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> PackedParameterSpec:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: the view is not known, or the shape has none.
+        """
         view = data["view"]
         if view not in ("rows", "last", "transposed"):
             raise ValueError(f"view {view!r} is not known")

@@ -15,6 +15,14 @@ needs modules and not a model, and computes in the weight's type.
 
 Always use it before quantizing weights: the scale of a channel is then part of what is rounded, and the batch
 norm costs neither bytes nor time. Not for models that will be trained further in training mode.
+
+Example:
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> before = model(x)
+    >>> fold_batchnorm(model, "0", "1")
+    >>> model[1], torch.allclose(model(x), before, atol=1e-6)
+    (Identity(), True)
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ class Scale:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Type in which scales are stored."""
         return SCALE_DTYPES[self.dtype]
 
     def group_of(self, k: int) -> int:
@@ -130,7 +131,7 @@ class Scheme:
         'v1/int4/group64/float16/minmax/zint/nearest'
         >>> Scheme.parse(str(scheme)) == scheme
         True
-        >>> scheme.bits_per_weight(rows=1, k=128)
+        >>> scheme.bits_per_weight(rows=8, k=128)
         4.3125
     """
 
@@ -151,10 +152,12 @@ class Scheme:
 
     @property
     def bits(self) -> int:
+        """Bits of a code."""
         return self.element.bits
 
     @property
     def symmetric(self) -> bool:
+        """Whether no zero point is stored, so that 0 lies in the middle of the codes."""
         return self.zero == "none"
 
     def with_(self, **changes: object) -> Scheme:

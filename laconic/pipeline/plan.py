@@ -48,6 +48,7 @@ class Ground:
 
     @property
     def packable(self) -> list[Unit]:
+        """The units that may be packed."""
         return [u for u in self.units if u.options]
 
     def specs(self, decision: Mapping[str, Scheme | None]) -> Specs:

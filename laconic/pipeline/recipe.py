@@ -114,6 +114,7 @@ class Recipe(BaseModel):
         return Recipe(passes=[fixed if isinstance(p, Quantize) else p for p in kept])
 
     def to_yaml(self) -> str:
+        """The text that `load_recipe` reads."""
         return yaml.safe_dump(self.model_dump(by_alias=True), sort_keys=False, width=200)
 
 

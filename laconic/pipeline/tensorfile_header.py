@@ -139,4 +139,5 @@ def _is_count(value: Any) -> bool:
 
 
 def is_padding(name: str, entry: Entry) -> bool:
+    """Whether an entry only fills the space between tensors."""
     return PAD.fullmatch(name) is not None and entry.dtype is torch.uint8 and len(entry.shape) == 1

@@ -15,6 +15,13 @@ batch-norm statistics.
 Folds into the bias: free at inference, if the layer has one. Use it after plain rounding at 4 bits and below,
 most of all in convolutional networks, whose inputs (after ReLU) have large means. GPTQ already accounts for
 means, through H: expect less.
+
+Example:
+    >>> W, x = torch.tensor([[0.6, -0.2]]), torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+    >>> rounded = W.round()
+    >>> b = bias_correction(x.mean(0), W, rounded, None)
+    >>> torch.allclose((x @ rounded.T + b).mean(0), (x @ W.T).mean(0))
+    True
 """
 
 from __future__ import annotations

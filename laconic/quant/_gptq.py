@@ -40,6 +40,16 @@ from it:
 Nothing is folded at inference. Solve a layer with inputs that come from the already quantized layers before
 it. Use `rtn` at 8 bits or without data. Cost: 2/3 K^3 + rows K^2 multiplications; layers that share inputs
 (q, k, v) share H: stack their rows, or give them one `Factor`.
+
+Example:
+    >>> from laconic.numerics import Int, Scale
+    >>> from laconic.quant import round_to_nearest
+    >>> X, W = torch.randn(256, 64) @ torch.randn(64, 64), torch.randn(16, 64)
+    >>> H, scheme = X.T @ X, Scheme(Int(3), Scale("channel"))
+    >>> solved = gptq_matrix(W, H, scheme, act_order=True)
+    >>> nearest = round_to_nearest(W, scheme)
+    >>> output_error(W - solved.dequantize(scheme), H) < output_error(W - nearest.dequantize(scheme), H)
+    True
 """
 
 from __future__ import annotations

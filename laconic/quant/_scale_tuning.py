@@ -26,6 +26,16 @@ Nothing is folded at inference.
 Use them after `gptq` where calibration inputs are at hand: they take a part of the remaining output error for
 about the price of another GPTQ, a small one at 4 bits and a larger one at 2. Like everything that fits H,
 they can overfit little data.
+
+Example:
+    >>> from laconic.numerics import Int, Scale
+    >>> from laconic.quant import round_to_nearest
+    >>> X, W = torch.randn(256, 64) @ torch.randn(64, 64), torch.randn(16, 64)
+    >>> H, scheme = X.T @ X, Scheme(Int(2), Scale("channel"))
+    >>> nearest = round_to_nearest(W, scheme)
+    >>> tuned = tune_scales(W, H, nearest.codes, nearest.scale, nearest.zero, scheme)
+    >>> tuned.after < tuned.before
+    True
 """
 
 from __future__ import annotations

@@ -19,6 +19,12 @@ are taken in float64 and cast once.
 Use it before quantizing activations (W8A8), or to even out weight columns. It does nothing for weights that
 no norm feeds, and costs weight-only quantization a little where activations have outliers: leave it out, or
 take a small alpha, there.
+
+Example:
+    >>> amax, W = torch.tensor([1.0, 64.0]), torch.tensor([[1.0, 1.0], [-1.0, 0.5]])
+    >>> s = smooth_scales(amax, [W])
+    >>> s.tolist(), (amax / s).tolist(), (W * s).abs().amax(0).tolist()
+    ([1.0, 8.0], [1.0, 8.0], [1.0, 8.0])
 """
 
 from __future__ import annotations

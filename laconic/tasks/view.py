@@ -46,6 +46,7 @@ class ModelView:
 
     @classmethod
     def of(cls, source: Any, tokenizer: Any) -> ModelView:
+        """What a source's config and skeleton say."""
         model, config = source.skeleton(), source.config
         kind = type(model).__name__
         known = config is not None
@@ -87,6 +88,7 @@ class ModelView:
             )
 
     def get_tokenizer(self, data: Data) -> Any:
+        """The tokenizer given, or else the one that lies with the model."""
         if self.tokenizer is not None:
             return self.tokenizer
         folder = getattr(self.source, "folder", None)

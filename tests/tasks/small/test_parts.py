@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from laconic.errors import BadInput
+from laconic.tasks.fetch import BUNDLES, PACKAGES
 from laconic.tasks.small import Rows, small
 from laconic.tasks.small.knowledge import ranks
 from laconic.tasks.small.mnist import read_idx
 from laconic.tasks.small.networks import CharacterModel, ComplEx, GraphConvolution, TextClassifier
-from laconic.tasks.fetch import BUNDLES, PACKAGES
 from laconic.tasks.small.spam import read_mail
 from laconic.tasks.small.tables import read_table
 from laconic.tasks.small.texts import UNKNOWN, encode, vocabulary, words

@@ -1,0 +1,1 @@
+"""What the site is built from: `pages/` is written by hand, these modules make the rest from cards and docstrings."""
