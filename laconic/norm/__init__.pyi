@@ -1,6 +1,26 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._binning import BBQ as BBQ
+from ._binning import HistogramBinning as HistogramBinning
+from ._binning import IsotonicCalibration as IsotonicCalibration
+from ._calibration import CalibrationProbe as CalibrationProbe
+from ._calibration import Reliability as Reliability
+from ._calibration import ece as ece
+from ._calibration import mce as mce
+from ._calibration import reliability as reliability
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
 from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
+from ._logit_scaling import MatrixScaling as MatrixScaling
+from ._logit_scaling import TemperatureScaling as TemperatureScaling
+from ._logit_scaling import VectorScaling as VectorScaling
+from ._rmsnorm import RMSNorm as RMSNorm
+from ._rmsnorm import rms_norm as rms_norm
+from ._stain import Collapse as Collapse
+from ._stain import MacenkoNormalizer as MacenkoNormalizer
+from ._stain import ReinhardNormalizer as ReinhardNormalizer
+from ._stain import Stained as Stained
+from ._stain import from_lab as from_lab
+from ._stain import group_collapse as group_collapse
+from ._stain import to_lab as to_lab
