@@ -1,0 +1,97 @@
+"""What the scripts under benchmarks/ compute by themselves: a benchmark that measures wrongly is worse than none."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from laconic.tasks.language import PerplexityTask
+from tests.pipeline.runs import save, token_file
+from tests.zoo import ZOO
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    """A script as a module; it is in no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def killing() -> ModuleType:
+    return script("kill_and_resume")
+
+
+class Scripted:
+    """A runner whose attempts take a fixed time from scratch and half of it where records are left."""
+
+    duration = 10.0
+
+    def __init__(self, attempt_type):
+        self.attempt_type, self.asked, self.records = attempt_type, [], {}
+
+    def attempt(self, folder, moment):
+        self.asked.append((folder, moment))
+        before = self.records.get(folder, 0)
+        needs = self.duration / 2 if before else self.duration
+        if moment is not None and moment < needs:
+            self.records[folder] = int(moment)
+            return self.attempt_type(folder, before, self.records[folder], moment, killed=True)
+        return self.attempt_type(folder, before, 0, needs, False, before, True)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_every_kill_lands_and_every_folder_is_brought_to_its_end(killing, chain):
+    runner = Scripted(killing.Attempt)
+    found = list(killing.attempts(runner, 10, 0, chain))
+    assert sum(a.killed for a in found) == 10 and not found[-1].killed
+    ended = [a.folder for a in found if not a.killed]
+    assert ended == sorted(set(ended)) == sorted({a.folder for a in found})  # once each, the last attempt there
+    moments = [moment for _, moment in runner.asked if moment is not None]
+    assert all(0 <= moment < 10 for moment in moments)
+    again = Scripted(killing.Attempt)
+    list(killing.attempts(again, 10, 0, chain))
+    assert again.asked == runner.asked
+    if not chain:
+        assert max(sum(a.killed for a in found if a.folder == folder) for folder in ended) == 1
+
+
+def test_what_counts_as_a_fault(killing):
+    made = killing.Attempt
+    assert made(0, 4, 9, 1.0, killed=True).faults() == []
+    assert made(0, 0, 0, 1.0, False, 0, True).faults() == []
+    assert made(0, 4, 0, 1.0, False, 4, True).faults() == []
+    assert len(made(0, 4, 0, 1.0, False, 0, True).faults()) == 1
+    assert len(made(0, 4, 0, 1.0, False, 0, False).faults()) == 2
+
+
+@pytest.mark.slow
+def test_a_small_model_is_killed_and_resumed(killing, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder, data = save("llama", tmp_path / "llama"), token_file(tmp_path / "tokens.npz")
+    runner = killing.Runner([str(folder), "--data", str(data), "--budget", "size=5x"], tmp_path)
+    assert set(runner.whole()) == set(killing.COMPARED) and runner.duration > 0
+    killed, ended = runner.attempt(0, 0.5 * runner.duration), runner.attempt(0, None)
+    assert killed.killed and killed.cpu_seconds >= 0.5 * runner.duration
+    assert ended.same and ended.began_with == killed.left and ended.faults() == []
+    (tmp_path / "out-0" / "recipe.yaml").write_text("other")
+    assert killing.hashes(tmp_path / "out-0") != runner.expected
+
+
+def test_the_peer_is_judged_by_our_perplexity():
+    windows = np.random.default_rng(0).integers(3, 90, (5, 12))
+    model = ZOO["llama"].build().eval()
+    ours = PerplexityTask("t", {"calibrate": windows[:1], "select": windows[:1], "verify": windows})
+    theirs = script("peer_llm_compressor").perplexity(model, torch.as_tensor(windows))
+    assert theirs == pytest.approx(ours.evaluate(model, "verify").value, rel=1e-6)
