@@ -60,7 +60,7 @@ class Method:
     @property
     def equations(self) -> tuple[str, ...]:
         """The docstring's indented blocks, without their indentation: the mathematics, as the anatomy has it."""
-        return tuple(_indented_blocks(self.docstring))
+        return tuple(block for block in _indented_blocks(self.docstring) if not block.startswith(">>>"))
 
 
 def read_method(path: Path, name: str | None = None) -> Method | None:

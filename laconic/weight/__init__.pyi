@@ -1,1 +1,24 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._elr_probe import ElrFinding as ElrFinding
+from ._elr_probe import ElrProbe as ElrProbe
+from ._elr_probe import angles as angles
+from ._elr_probe import effective_lr as effective_lr
+from ._elr_probe import rescaled_sgd as rescaled_sgd
+from ._elr_probe import scale_free_weights as scale_free_weights
+from ._elr_probe import settled_angle as settled_angle
+from ._elr_probe import settled_length as settled_length
+from ._nap import NormProjection as NormProjection
+from ._nap import insert_prenorm as insert_prenorm
+from ._nap import project_weights as project_weights
+from ._norm_loss import NormLoss as NormLoss
+from ._norm_loss import decay_norms as decay_norms
+from ._norm_loss import norm_loss as norm_loss
+from ._spectral_norm import SpectralNorm as SpectralNorm
+from ._spectral_norm import spectral_norm as spectral_norm
+from ._spectral_norm import spectrally_normalized as spectrally_normalized
+from ._weight_standardization import CONVENTIONS as CONVENTIONS
+from ._weight_standardization import Standardize as Standardize
+from ._weight_standardization import standardize as standardize
+from ._weight_standardization import standardize_ as standardize_
+from ._zero_init import zero_init_ as zero_init_
+from ._zero_init import zero_matrix as zero_matrix

@@ -1,6 +1,6 @@
 """The contract of a Weight: a parametrization (`torch.nn.utils.parametrize`) that makes a weight from its original.
 
-    Example(lambda: WeightStandardization(), kind="Weight", inputs=[(6, 4)])
+    Example(lambda: Standardize(), kind="Weight", inputs=[(6, 4)])
 
 `make` is offered the weight (`lambda weight: SpectralNorm(weight)`). `inputs`: the weight, (6, 4) where nothing is given;
 it becomes the parameter `weight` of a module that the parametrization is registered on. With a right inverse it must be a
