@@ -16,6 +16,7 @@ from . import testing as testing
 from . import weight as weight
 from . import zoo as zoo
 from .core.fit import fit as fit
+from .core.surgery import swap as swap
 from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress
 from .pipeline.compress import plan as plan
