@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..cifar_cnn import read_images
 from .base import Baseline, ClassTask, Rows, draw
 from .networks import ResidualNetwork
 from .sources import locate
