@@ -150,11 +150,13 @@ def pareto(record: Mapping) -> Markup | None:
             items.append(
                 tag("polyline", points=" ".join(f"{a:.1f},{b:.1f}" for a, b in steps), class_="l-frontier")
             )
-        for p in sorted(tried, key=lambda p: bool(p.get("chosen"))):
-            # the same candidate on both splits has one size: side by side, not one over the other
-            aside = 11 if p.get("split") == "verify" and sizes.count(p["size"]) > 1 else 0
+        # Candidates of one size stand side by side, not one over the other: the verified one where its size is, the
+        # others to its left, where no budget is passed.
+        last_first = sorted(tried, key=lambda p: p.get("split") != "verify")
+        for number, p in reversed(list(enumerate(last_first))):
+            aside = 11 * sum(other["size"] == p["size"] for other in last_first[:number])
             ring = bool(p.get("chosen")) and (p.get("split") == "verify" or not verified)
-            items.extend(_point(p, x(p["size"]) + aside, y, unit, ring))
+            items.extend(_point(p, x(p["size"]) - aside, y, unit, ring))
         items.append(tag("text", f"drop in {unit}", x=2, y=14, class_="t-small t-strong"))
         items.append(
             tag("text", "size on disk", x=width - right, y=height - 6, class_="t-small t-strong t-end")
