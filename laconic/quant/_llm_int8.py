@@ -18,8 +18,8 @@ Source: "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", Det
 columns of W in O come from the 8-bit weights, as in the code, where the paper keeps them in 16 bits: give
 `int8_linear(outlier_weight=...)` the float ones.
 
-Use it where memory for weights must halve without calibration data, and inputs have the outliers of large transformers.
-Rounding weights alone (`rtn` at 8 bits) is more exact and as small; on a CPU, for few tokens, it is faster too.
+Use it where weights must be small without calibration data, products fast, and inputs have the outliers of large
+transformers. Rounding weights alone (`rtn` at 8 bits) is as small and more exact, but multiplies in floats.
 
 Example:
     >>> import torch
@@ -45,12 +45,13 @@ from laconic.core.record import PACK, Record, apply_records, owner_of
 from laconic.core.structure import Structure
 from laconic.core.units import Unit, find_units, matches
 from laconic.nn import PackedParameterSpec, matrix_view, pack_tensors
-from laconic.numerics import Int, Scale, Scheme, check_finite, unpack
+from laconic.numerics import Int, Scale, Scheme, check_finite
 
 THRESHOLD = 6.0
 TOP = 127
 SCHEME = Scheme(Int(8), Scale("channel", dtype="float32"))
-SHIFT = 128  # of the stored, unsigned codes
+SHIFT = 0x80  # from signed codes to the stored, unsigned ones, and back
+FLIP = int.from_bytes(4 * [SHIFT], "little", signed=True)  # of a word of four codes
 
 
 # --- mathematics ------------------------------------------------------------------------------------
@@ -127,8 +128,8 @@ class _Product(torch.autograd.Function):
 
 
 def _signed(packed: Tensor, k: int) -> Tensor:
-    """Wq (rows, K) int8 of the stored words: unsigned codes lie 128 higher, which flips the first bit."""
-    return (unpack(packed, 8, k) ^ SHIFT).view(torch.int8)
+    """Wq (rows, K) int8 of the stored words, four bytes at a time: unsigned codes differ in the first bit alone."""
+    return (packed ^ FLIP).view(torch.int8)[:, :k]
 
 
 # --- the module -------------------------------------------------------------------------------------
@@ -244,8 +245,8 @@ CARD = Card(
     family="quant",
     summary="Multiplies in 8-bit integers, and leaves the few input features that hold outliers to floats.",
     objects={"LLMInt8": "Pass"},
-    use="To halve a large transformer without calibration data, where inputs are to be rounded as well.",
-    avoid="On CPUs for few tokens, or where only size counts: 8-bit weights with float inputs lose less.",
+    use="To store and multiply the weights of a large transformer in 8 bits without calibration data.",
+    avoid="Where only size counts, or on machines without fast 8-bit products: rtn loses less at the same size.",
     composes=("smoothquant",),
     vectors=("llm_int8",),
     code="bitsandbytes, MIT",
