@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -175,11 +176,20 @@ def _accelerator(find_unused_parameters: bool) -> Any:
     from accelerate.utils import DistributedDataParallelKwargs
 
     options = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        # Autocast is ours: accelerate's precision is fixed once a process, and it replaces the model's forward.
-        return Accelerator(mixed_precision="no", kwargs_handlers=[options])
+        # Autocast is ours: accelerate's precision is fixed once a process, and it replaces the model's forward. Without
+        # a GPU accelerate looks for other processes only if it is told that the CPU is meant.
+        cpu = started > 1 and not torch.accelerator.is_available()
+        found = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[options])
     except ValueError as error:
         raise BadInput(f"another Accelerator of this process has set a precision of its own: {error}") from error
+    if started != found.num_processes:
+        raise BadInput(
+            f"torchrun started {started} processes and accelerate sees {found.num_processes}: each would train alone; "
+            "make no Accelerator of your own before, or start one process"
+        )
+    return found
 
 
 def _schedule(schedule: Any, optimizer: Optimizer) -> Any:

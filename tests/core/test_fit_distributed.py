@@ -31,7 +31,7 @@ def two(tmp_path_factory) -> Path:
     fit(Points().model(0), Points(), torch.optim.Adam, steps=1, out=out / "one-process")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [distributed_script.__file__, str(out)]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert found.returncode == 0, found.stdout + found.stderr
     return out
