@@ -102,7 +102,8 @@ def _scratch(rows: int, k: int) -> Tensor:
     n = rows * k
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < n:
-        buffer = _local.buffer = torch.empty(max(n, 1), dtype=torch.float32)
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            buffer = _local.buffer = torch.empty(max(n, 1), dtype=torch.float32)
     return buffer[:n].view(rows, k)
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from laconic.errors import BadInput
 from laconic.nn.packed import op_of
+from laconic.tasks.base import inputs_on
 
 from .source import Source
 from .tensorfile import bytes_of
@@ -77,7 +78,7 @@ class Streamed:
                 handles.append(module.register_forward_pre_hook(lambda m, args: self._fill(m)))
                 handles.append(module.register_forward_hook(lambda m, args, out: self._drop(m), always_call=True))
         try:
-            with _RowLookup(self):
+            with _RowLookup(self), inputs_on("cpu"):
                 yield
         finally:
             for handle in handles:

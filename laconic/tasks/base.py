@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -138,11 +139,26 @@ def cut(rows: Batch, seq: int | None) -> Batch:
     return {name: value[:, :seq] if name in TOKEN_INPUTS else value for name, value in rows.items()}
 
 
+_inputs_device: ContextVar[torch.device | None] = ContextVar("inputs_device", default=None)
+
+
+@contextmanager
+def inputs_on(device: torch.device | str) -> Iterator[None]:
+    """Within the block batches go to this device, wherever the model's parameters are.
+
+    For a skeleton on meta whose weights come when they are needed: its inputs have to be real.
+    """
+    before = _inputs_device.set(torch.device(device))
+    try:
+        yield
+    finally:
+        _inputs_device.reset(before)
+
+
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch, on its own device; without a key-value cache where it knows that option."""
     held = next(chain(model.parameters(), model.buffers()), None)
-    # On meta the weights come when they are needed, and inputs have to be real.
-    device = torch.device("cpu") if held is None or held.device.type == "meta" else held.device
+    device = _inputs_device.get() or (torch.device("cpu") if held is None else held.device)
     if not isinstance(batch, Mapping):
         return model(*(value.to(device) for value in batch))
     known = inspect.signature(model.forward).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -95,6 +96,15 @@ def test_linear(road, scheme, shape, dtype):
     assert torch.equal(found, F.silu(F.linear(x, w.weight.to(dtype), bias)) + residual)
     plain = laconic.linear(x, *w.operands, scheme=str(scheme))
     assert torch.equal(plain, F.linear(x, w.weight.to(dtype)))
+
+
+def test_a_first_call_in_inference_mode_spoils_no_later_one(road, monkeypatch):
+    """What the ops keep for later calls has to be writable then."""
+    monkeypatch.setattr(ops, "_local", threading.local())
+    w, x = packed(SCHEMES[0], 9, 33), noise(4, 33)
+    with torch.inference_mode():
+        first = laconic.linear(x, *w.operands, scheme=str(SCHEMES[0]))
+    assert torch.equal(laconic.linear(x, *w.operands, scheme=str(SCHEMES[0])), first)
 
 
 def test_linear_in_tiles(road, monkeypatch):
