@@ -50,13 +50,13 @@ def outcome_table(outcome: Outcome) -> RenderableType:
 
 
 def verdict_table(rows: Sequence[tuple[Method, Mapping[str, Any] | None, Sequence[str]]]) -> RenderableType:
-    """Every claim, its verdict, effect, interval and margin; and a line on what the verdicts add up to."""
+    """Every claim, its verdict, effect, interval and margin, a line each; what exactly is claimed, `laconic show` says."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("Method", "Verdict"):
         table.add_column(name, no_wrap=True)
     for name in ("Effect", "95 %", "Margin"):
         table.add_column(name, justify="right")
-    table.add_column("Claim", min_width=16)
+    table.add_column("Metric", min_width=16)
     counts: dict[str, int] = {}
     for method, record, changed in rows:
         claim = method.card.claim or {}
@@ -69,7 +69,7 @@ def verdict_table(rows: Sequence[tuple[Method, Mapping[str, Any] | None, Sequenc
         if record:
             effect = Text(text.amount(record["effect"]))
             interval = Text(" to ".join(text.amount(end) for end in record["interval"]))
-        said = Text(f"{claim['metric']}, {claim['direction']}: {claim['text']}")
+        said = Text(f"{claim['metric']}, {claim['direction']}")
         table.add_row(
             Text(method.id, style="bold"), verdict, effect, interval, Text(text.amount(claim["margin"])), said
         )
