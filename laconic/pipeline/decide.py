@@ -27,6 +27,9 @@ from laconic.numerics import ScaleOutOfRange, Scheme, affine_params, dequantize,
 
 Progress = Callable[[int, int], None]
 SAMPLE = 1 << 20  # elements of a unit whose rounding error is measured; larger units are sampled by whole rows
+# Sensitivities are estimates, good to some percent: closer to the optimum of their sum than this buys nothing, and a
+# network of many alike layers would hold the search for minutes.
+GAP, NODES = 1e-3, 1000
 
 
 def fisher(
@@ -130,5 +133,5 @@ def choose(units: Sequence[Unit], costs: dict[str, list[float]], budget: int) ->
         return {}
     cost = [[0.0, *costs[u.name]] for u in packable]  # the first option is to leave it as it is
     size = [[u.nbytes, *(u.stored(s) for s in u.options)] for u in packable]
-    picked = allocate(cost, size, budget)
+    picked = allocate(cost, size, budget, gap=GAP, node_limit=NODES)
     return {u.name: (None, *u.options)[i] for u, i in zip(packable, picked, strict=True)}
