@@ -13,16 +13,20 @@ weights are used up at once.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import os
+import re
+import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DISABLE", "REQUIRE", "dequantize", "hadamard_", "load", "status", "unpack"]
+__all__ = ["DISABLE", "REQUIRE", "check", "dequantize", "hadamard_", "load", "module", "status", "unpack"]
 
 DISABLE = "LACONIC_DISABLE_KERNELS"  # set to 1: never load the extension
 REQUIRE = "LACONIC_REQUIRE_KERNELS"  # set to 1: a build fails without a compiler, tests want the kernels
@@ -40,7 +44,7 @@ def status() -> dict[str, Any]:
     """What is known of the extension.
 
     Returns:
-        present: bool; why: the reason it is missing, "" if present; compiler, isa ("avx2", "baseline") and
+        present: bool; why: the reason it is missing, "" if present; compiler, isa ("portable", "avx2", "avx512", "neon") and
         path of the extension, None if missing.
     """
     module, why = _load()
@@ -66,12 +70,10 @@ def unpack(words: Tensor, bits: int, k: int, *, isa: int = -1) -> Tensor:
         ValueError: bits, shape, type or device do not fit.
         RuntimeError: the extension is missing.
     """
-    module = _module()
+    cpu = module()
     rows, columns = _check_words("unpack", words, bits, k)
     out = torch.empty((rows, k), dtype=torch.uint8)
-    module.unpack(
-        words.data_ptr(), words.numel(), rows, columns, bits, k, out.data_ptr(), out.numel(), 0, rows, isa
-    )
+    cpu.unpack(words.data_ptr(), words.numel(), rows, columns, bits, k, out.data_ptr(), out.numel(), 0, rows, isa)
     return out
 
 
@@ -104,7 +106,7 @@ def dequantize(
         ValueError: a number, shape, type or device does not fit.
         RuntimeError: the extension is missing.
     """
-    module = _module()
+    cpu = module()
     n_rows, columns = _check_words("dequantize", words, bits, k)
     scale = _per_row("scale", scale, n_rows, tuple(_FLOATS))
     if zero is not None:
@@ -113,13 +115,13 @@ def dequantize(
             raise ValueError(f"dequantize: zero has shape {tuple(zero.shape)}, scale {tuple(scale.shape)}")
     if out is None:
         out = torch.empty((n_rows, k), dtype=torch.float32)
-    _check("dequantize", "out", out, (torch.float32,), 2)
+    check("dequantize", "out", out, (torch.float32,), 2)
     if tuple(out.shape) != (n_rows, k):
         raise ValueError(f"dequantize: out has shape {tuple(out.shape)}, must be {(n_rows, k)}")
     begin, end = (0, n_rows) if rows is None else rows
-    dtypes = {torch.uint8: module.UINT8} | {dtype: getattr(module, name) for dtype, name in _FLOATS.items()}
-    zero_at = (zero.data_ptr(), zero.numel(), dtypes[zero.dtype]) if zero is not None else (0, 0, module.NONE)
-    module.dequantize(
+    dtypes = {torch.uint8: cpu.UINT8} | {dtype: getattr(cpu, name) for dtype, name in _FLOATS.items()}
+    zero_at = (zero.data_ptr(), zero.numel(), dtypes[zero.dtype]) if zero is not None else (0, 0, cpu.NONE)
+    cpu.dequantize(
         words.data_ptr(), words.numel(), n_rows, columns,
         scale.data_ptr(), scale.numel(), dtypes[scale.dtype], *zero_at,
         scale.shape[1], max(k, 1) if group is None else group, bits, k,
@@ -139,13 +141,13 @@ def hadamard_(x: Tensor, *, isa: int = -1) -> Tensor:
         ValueError: n is no power of two, or type or device do not fit.
         RuntimeError: the extension is missing.
     """
-    module = _module()
-    _check("hadamard_", "x", x, (torch.float32,), None)
+    cpu = module()
+    check("hadamard_", "x", x, (torch.float32,), None)
     if x.requires_grad:
         raise ValueError("hadamard_: x requires grad, and autograd would not see this; detach it first")
     n = x.shape[-1] if x.ndim else 1
     rows = x.numel() // n if n else 0
-    module.hadamard(x.data_ptr(), x.numel(), rows, n, float(n**-0.5) if n else 1.0, 0, rows, isa)
+    cpu.hadamard(x.data_ptr(), x.numel(), rows, n, float(n**-0.5) if n else 1.0, 0, rows, isa)
     return x
 
 
@@ -157,6 +159,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get(DISABLE, "").lower() not in _FALSE:
         return None, f"switched off by {DISABLE}={os.environ[DISABLE]}"
     try:
+        _share_openmp()
         return importlib.import_module(EXTENSION), ""
     except ModuleNotFoundError as error:
         if error.name != EXTENSION:
@@ -166,14 +169,32 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"built but does not load: {error}"
 
 
-def _module() -> ModuleType:
+def _share_openmp() -> None:
+    """Make the OpenMP runtime that torch has loaded visible to the extension, which links none of its own.
+
+    Two runtimes in a process are two pools of threads that fight for the same cores.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if _OPENMP.search(line)}
+    for path in sorted(loaded) or ["libgomp.so.1"]:
+        with contextlib.suppress(OSError):  # then importing the extension says which symbol is missing
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
+
+
+def module() -> ModuleType:
     module, why = _load()
     if module is None:
         raise RuntimeError(f"{EXTENSION} is missing ({why}); use the reference in laconic.numerics")
     return module
 
 
-def _check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int | None) -> None:
+def check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int | None) -> None:
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {x.dtype}, must be {' or '.join(map(str, dtypes))}")
     if x.device.type != "cpu":
@@ -186,14 +207,12 @@ def _check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim:
 
 def _check_words(op: str, words: Tensor, bits: int, k: int) -> tuple[int, int]:
     """Shape of the words, checked (before memory is asked for) to be what k codes of these bits fill."""
-    _check(op, "words", words, (torch.int32,), 2)
+    check(op, "words", words, (torch.int32,), 2)
     rows, columns = words.shape
     if not 1 <= bits <= 8:
         raise ValueError(f"{op}: bits is {bits}, must be 1 to 8")
     if k < 0 or columns != -(-k * bits // 32):
-        raise ValueError(
-            f"{op}: words has {columns} per row, but {k} codes of {bits} bits fill {-(-k * bits // 32)}"
-        )
+        raise ValueError(f"{op}: words has {columns} per row, but {k} codes of {bits} bits fill {-(-k * bits // 32)}")
     return rows, columns
 
 
@@ -201,7 +220,7 @@ def _per_row(name: str, x: Tensor, rows: int, dtypes: tuple[torch.dtype, ...]) -
     """(rows, G) from (rows, G), or from the one row (1, G) of a scale per tensor."""
     if x.ndim == 2 and x.shape[0] == 1 and rows != 1:
         x = x.expand(rows, x.shape[1]).contiguous()
-    _check("dequantize", name, x, dtypes, 2)
+    check("dequantize", name, x, dtypes, 2)
     if x.shape[0] != rows:
         raise ValueError(f"dequantize: {name} has {x.shape[0]} rows, words have {rows}")
     return x

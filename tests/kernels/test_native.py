@@ -294,7 +294,7 @@ class TestStatus:
         assert set(status) == {"present", "why", "compiler", "isa", "path"}
         assert status["present"] == (native.load() is not None) == (status["why"] == "")
         if status["present"]:
-            assert status["isa"] in ("baseline", "avx2") and status["compiler"]
+            assert status["isa"] in ("portable", "avx2", "avx512", "neon") and status["compiler"]
 
     def test_switched_off(self):
         script = """

@@ -69,9 +69,7 @@ def road(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(native, "load", lambda: None)
     elif native.load() is None:
-        pytest.skip(
-            f"the kernel is not built: {native.reason() if hasattr(native, 'reason') else 'no compiler'}"
-        )
+        pytest.skip(f"the kernel is not built: {native.reason() if hasattr(native, 'reason') else 'no compiler'}")
     return request.param
 
 
@@ -114,9 +112,7 @@ def test_linear_in_tiles(road, monkeypatch):
         w, x, bias = packed(scheme, 17, 33), noise(4, 33), noise(17)
         found = laconic.linear(x, *w.operands, bias, None, scheme=str(scheme), act="relu")
         torch.testing.assert_close(found, F.relu(F.linear(x, w.weight, bias)))
-        assert torch.equal(
-            laconic.dequantize(*w.operands, scheme=str(scheme), k=33, dtype=torch.float32), w.weight
-        )
+        assert torch.equal(laconic.dequantize(*w.operands, scheme=str(scheme), k=33, dtype=torch.float32), w.weight)
 
 
 @pytest.mark.parametrize("act", ops.ACTIVATIONS)
@@ -291,9 +287,7 @@ def test_opcheck(scheme):
     given = (noise(3, 20, requires_grad=True), *w.operands, noise(6, requires_grad=True), noise(3, 6))
     torch.library.opcheck(laconic.linear.default, given, {**text, "act": "gelu"})
     ids = torch.tensor([[0, 5], [3, 3]])
-    torch.library.opcheck(
-        laconic.embedding.default, (ids, *w.operands), {**text, "dim": 20, "dtype": torch.float16}
-    )
+    torch.library.opcheck(laconic.embedding.default, (ids, *w.operands), {**text, "dim": 20, "dtype": torch.float16})
     torch.library.opcheck(laconic.dequantize.default, w.operands, {**text, "k": 20, "dtype": torch.bfloat16})
     conv = {**text, "kernel": [5], "stride": [1], "padding": [2], "dilation": [1], "groups": 1}
     for x in (noise(2, 4, 9, requires_grad=True), noise(0, 4, 9), noise(4, 9)):
@@ -301,9 +295,7 @@ def test_opcheck(scheme):
     index = torch.tensor([1, 0, 1])
     given = (noise(3, 20, requires_grad=True), index, *w.operands, noise(2, 3, requires_grad=True))
     torch.library.opcheck(laconic.experts.default, given, {**text, "out": 3, "act": "silu"})
-    torch.library.opcheck(
-        laconic.experts_input_grad.default, (noise(3, 3), index, *w.operands), {**text, "k": 20}
-    )
+    torch.library.opcheck(laconic.experts_input_grad.default, (noise(3, 3), index, *w.operands), {**text, "k": 20})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[::4], ids=str)

@@ -4,27 +4,15 @@
 // floats from there. The build switches off contraction into fused multiply-add: every operation is rounded
 // as in the PyTorch reference, so that the results are equal bit for bit.
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
+#include "halves.hpp"
 #include "kernels.hpp"
 
 namespace laconic {
 namespace {
 
 constexpr std::int64_t kBlock = 2048;  // codes; a multiple of 32, so that a block starts on a whole word
-
-float from_half(std::uint16_t h) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
-  const std::uint32_t exponent = (h >> 10) & 0x1fu;
-  const std::uint32_t fraction = h & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in float32
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
-  }
-  const std::uint32_t wide = exponent == 0x1fu ? 0xffu : exponent + 112u;
-  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
-}
 
 float read(const void* base, Dtype dtype, std::int64_t at) {
   const auto* bytes = static_cast<const std::uint8_t*>(base) + at * static_cast<std::int64_t>(size_of(dtype));
@@ -35,7 +23,7 @@ float read(const void* base, Dtype dtype, std::int64_t at) {
     case Dtype::float16: std::memcpy(&half, bytes, sizeof half); return from_half(half);
     case Dtype::bfloat16:
       std::memcpy(&half, bytes, sizeof half);
-      return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
+      return from_bfloat(half);
     case Dtype::uint8: return static_cast<float>(*bytes);
     case Dtype::none: break;
   }
@@ -80,7 +68,7 @@ LACONIC_AVX2 void rows_avx2(const Dequantize& job, std::int64_t begin, std::int6
 
 void dequantize_rows(const Dequantize& job, std::int64_t row_begin, std::int64_t row_end, Isa isa) {
 #if LACONIC_X86
-  if (isa == Isa::avx2) return rows_avx2(job, row_begin, row_end);
+  if (isa >= Isa::avx2) return rows_avx2(job, row_begin, row_end);
 #endif
   rows(job, row_begin, row_end, isa);
 }

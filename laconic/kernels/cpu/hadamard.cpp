@@ -62,7 +62,7 @@ LACONIC_AVX2 void rows_avx2(float* x, std::int64_t n, float scale, std::int64_t 
 void hadamard_rows(float* x, std::int64_t n, float scale, std::int64_t row_begin, std::int64_t row_end,
                    [[maybe_unused]] Isa isa) {
 #if LACONIC_X86
-  if (isa == Isa::avx2) return rows_avx2(x, n, scale, row_begin, row_end);
+  if (isa >= Isa::avx2) return rows_avx2(x, n, scale, row_begin, row_end);
 #endif
   rows(x, n, scale, row_begin, row_end);
 }

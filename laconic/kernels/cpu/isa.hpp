@@ -1,8 +1,7 @@
-// Which instruction sets this CPU has, and how a function is compiled for one of them.
+// Which instruction sets this build has code for, and the best of them that this CPU offers.
 //
-// The extension is built for the plainest CPU of its architecture, so that a wheel runs anywhere; a hot
-// loop is written once as an `always_inline` function and instantiated in thin wrappers that carry a
-// `target` attribute. The wrapper to call is chosen at run time.
+// The extension is built for the plainest CPU of its architecture, so that a wheel runs anywhere. Each file of
+// targets/ compiles every kernel once more for one instruction set; which of them runs is chosen at run time.
 #pragma once
 
 #include <string_view>
@@ -12,6 +11,12 @@
 #define LACONIC_AVX2 __attribute__((target("avx2")))
 #else
 #define LACONIC_X86 0
+#endif
+
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define LACONIC_ARM 1
+#else
+#define LACONIC_ARM 0
 #endif
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -24,21 +29,35 @@
 
 namespace laconic {
 
-enum class Isa { baseline = 0, avx2 = 1 };
+/// avx512 means what Ice Lake and Zen 4 brought: F, BW, DQ, VL, VNNI, VBMI, BITALG and VPOPCNTDQ. An architecture
+/// numbers its own sets from 0, the plainest; `neon` shares the 1 of `avx2`.
+enum class Isa { portable = 0, avx2 = 1, neon = 1, avx512 = 2 };
 
-/// The best instruction set that this CPU offers and this build has code for.
 inline Isa best_isa() {
 #if LACONIC_X86
   static const Isa best = [] {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") ? Isa::avx2 : Isa::baseline;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
+    return wide ? Isa::avx512 : Isa::avx2;
   }();
   return best;
+#elif LACONIC_ARM
+  return Isa::neon;
 #else
-  return Isa::baseline;
+  return Isa::portable;
 #endif
 }
 
-inline std::string_view name(Isa isa) { return isa == Isa::avx2 ? "avx2" : "baseline"; }
+inline std::string_view name(Isa isa) {
+  switch (static_cast<int>(isa)) {
+    case 1: return LACONIC_ARM ? "neon" : "avx2";
+    case 2: return "avx512";
+    default: return "portable";
+  }
+}
 
 }  // namespace laconic

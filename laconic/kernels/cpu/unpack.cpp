@@ -82,7 +82,7 @@ void unpack_width(const std::uint32_t* words, std::int64_t k, std::uint8_t* code
     return;
   }
 #if LACONIC_X86
-  if (isa == Isa::avx2) return unpack_avx2<Bits>(words, k, codes);
+  if (isa >= Isa::avx2) return unpack_avx2<Bits>(words, k, codes);
 #endif
   unpack_plain<Bits>(words, 0, k, codes);
 }

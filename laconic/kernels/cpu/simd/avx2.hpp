@@ -1,0 +1,112 @@
+// Vectors of AVX2 with FMA: 8 floats, 8 words of 32 bits, 32 bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace laconic::avx2 {
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F splat(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_first(const float* p, int n) { return n >= 8 ? load(p) : _mm256_maskload_ps(p, first(n)); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static void store_first(float* p, F x, int n) {
+    if (n >= 8) return store(p, x);
+    _mm256_maskstore_ps(p, first(n), x);
+  }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static F copy_sign(F size, F sign) {
+    const F mask = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_and_ps(mask, sign), _mm256_andnot_ps(mask, size));
+  }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static float sum(F a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static float largest(F a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+  }
+  static F scale_by_power(F a, F n) {
+    const I whole = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(whole));
+  }
+
+  static I splat_word(std::int32_t x) { return _mm256_set1_epi32(x); }
+  static I load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static I load_bytes(const void* p, int n) {
+    if (n >= 32) return load_words(p);
+    alignas(32) std::uint8_t padded[32] = {};
+    std::memcpy(padded, p, static_cast<std::size_t>(n));
+    return load_words(padded);
+  }
+  static void store_words(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I bit_and(I a, I b) { return _mm256_and_si256(a, b); }
+  static I shift_right(I a, int n) { return _mm256_srli_epi32(a, n); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static I to_int(F a) { return _mm256_cvtps_epi32(a); }
+  static F bits_as_float(I a) { return _mm256_castsi256_ps(a); }
+  static F pick(F a, I index) { return _mm256_permutevar8x32_ps(a, index); }
+  static F gather(const float* base, I index) { return _mm256_i32gather_ps(base, index, 4); }
+  static F from_half(const std::uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F from_bfloat(const std::uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  static I signed_byte(I words, int place) {
+    return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * place), 24);
+  }
+  static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
+
+  static I spread_three(I bytes) {
+    // 12 of the 24 bytes into each half, then three bytes into each lane.
+    const I halves = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5));
+    const I order = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,  //
+                                     0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+    return _mm256_shuffle_epi8(halves, order);
+  }
+
+  template <int Bits>
+  static F level(I words, const float*, F low, F high) {
+    const F first_eight = _mm256_permutevar8x32_ps(low, words);  // 3 bits of the index count
+    if constexpr (Bits < 4) return first_eight;
+    const F last_eight = _mm256_permutevar8x32_ps(high, words);
+    return _mm256_blendv_ps(first_eight, last_eight, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28)));
+  }
+
+  /// acc + sum of 4 products u8 * s8 in each 32-bit lane, by way of 16 bits, since vpmaddubsw would saturate.
+  static I dot4(I acc, I u8, I s8) {
+    const I even = _mm256_madd_epi16(_mm256_and_si256(u8, _mm256_set1_epi16(0xff)),
+                                     _mm256_srai_epi16(_mm256_slli_epi16(s8, 8), 8));
+    const I odd = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+
+ private:
+  static I first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+};
+
+}  // namespace laconic::avx2

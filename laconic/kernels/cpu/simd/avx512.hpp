@@ -1,0 +1,108 @@
+// Vectors of AVX-512 (F, BW, DQ, VL, VNNI, VBMI): 16 floats, 16 words of 32 bits, 64 bytes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace laconic::avx512 {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  using F = __m512;   // 16 floats
+  using I = __m512i;  // 16 words of 32 bits, or 64 bytes
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F splat(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static void store_first(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F copy_sign(F size, F sign) {
+    const F mask = _mm512_castsi512_ps(_mm512_set1_epi32(INT32_MIN));
+    return _mm512_or_ps(_mm512_and_ps(mask, sign), _mm512_andnot_ps(mask, size));
+  }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float largest(F a) { return _mm512_reduce_max_ps(a); }
+  static F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }  // a 2^n, n whole
+
+  static I splat_word(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static I load_words(const void* p) { return _mm512_loadu_si512(p); }
+  /// `n` bytes from p, zero above.
+  static I load_bytes(const void* p, int n) {
+    return _mm512_maskz_loadu_epi8(n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
+  }
+  static void store_words(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I bit_and(I a, I b) { return _mm512_and_si512(a, b); }
+  static I shift_right(I a, int n) { return _mm512_srli_epi32(a, static_cast<unsigned>(n)); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // to nearest even
+  static F bits_as_float(I a) { return _mm512_castsi512_ps(a); }
+  /// Element a[index] for each lane; index in 0..15.
+  static F pick(F a, I index) { return _mm512_permutexvar_ps(index, a); }
+  static F gather(const float* base, I index) { return _mm512_i32gather_ps(index, base, 4); }
+  static F from_half(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F from_bfloat(const std::uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  /// Byte `place` of each word, as a signed number.
+  static I signed_byte(I words, int place) {
+    return _mm512_srai_epi32(_mm512_slli_epi32(words, static_cast<unsigned>(24 - 8 * place)), 24);
+  }
+  static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
+
+  /// Lane j: the three bytes from 3j of 48 bytes, in the low 24 bits.
+  static I spread_three(I bytes) {
+    alignas(64) static constexpr auto order = [] {
+      struct { std::uint8_t at[64]{}; } t;
+      for (int i = 0; i < 64; ++i) t.at[i] = static_cast<std::uint8_t>(i / 4 * 3 + i % 4);
+      return t;
+    }();
+    return _mm512_permutexvar_epi8(_mm512_load_si512(order.at), bytes);
+  }
+
+  /// The level of each lane's code, which lies in its low Bits bits; the bits above it may hold anything.
+  template <int Bits>
+  static F level(I words, const float* table16, F low, F) {
+    static_cast<void>(table16);
+    return _mm512_permutexvar_ps(words, low);  // the table is repeated, and only 4 bits of the index count
+  }
+
+  // --- bytes ---
+  /// 64 codes of Bits bits, one a byte, in order, from 8*Bits bytes.
+  template <int Bits>
+  static I unpack64(I raw) {
+    if constexpr (Bits == 8) return raw;
+    alignas(64) static constexpr auto order = [] {
+      struct { std::uint8_t at[64]{}, shift[64]{}; } t;
+      for (int i = 0; i < 64; ++i) {
+        t.at[i] = static_cast<std::uint8_t>(i / 8 * Bits + i % 8);
+        t.shift[i] = static_cast<std::uint8_t>(i % 8 * Bits);
+      }
+      return t;
+    }();
+    const I spread = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), raw);
+    const I codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(order.shift), spread);
+    return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+  }
+  /// acc + sum of 4 products u8 * s8 in each 32-bit lane.
+  static I dot4(I acc, I u8, I s8) { return _mm512_dpbusd_epi32(acc, u8, s8); }
+
+ private:
+  static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1u); }
+};
+
+}  // namespace laconic::avx512

@@ -1,0 +1,111 @@
+// Vectors of AArch64 NEON: 4 floats, 4 words of 32 bits, 16 bytes.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace laconic::neon {
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  using F = float32x4_t;
+  using I = uint32x4_t;
+
+  static F zero() { return vdupq_n_f32(0.0f); }
+  static F splat(float x) { return vdupq_n_f32(x); }
+  static F load(const float* p) { return vld1q_f32(p); }
+  static F load_first(const float* p, int n) {
+    float padded[4] = {};
+    std::memcpy(padded, p, 4 * static_cast<std::size_t>(std::min(n, 4)));
+    return vld1q_f32(padded);
+  }
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static void store_first(float* p, F x, int n) {
+    float all[4];
+    vst1q_f32(all, x);
+    std::memcpy(p, all, 4 * static_cast<std::size_t>(std::min(n, 4)));
+  }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F abs(F a) { return vabsq_f32(a); }
+  static F copy_sign(F size, F sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, size); }
+  static F round(F a) { return vrndnq_f32(a); }
+  static float sum(F a) { return vaddvq_f32(a); }
+  static float largest(F a) { return vmaxvq_f32(a); }
+  static F scale_by_power(F a, F n) {
+    const int32x4_t whole = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(a, vreinterpretq_f32_s32(whole));
+  }
+
+  static I splat_word(std::int32_t x) { return vdupq_n_u32(static_cast<std::uint32_t>(x)); }
+  static I load_words(const void* p) { return vreinterpretq_u32_u8(vld1q_u8(static_cast<const std::uint8_t*>(p))); }
+  static I load_bytes(const void* p, int n) {
+    if (n >= 16) return load_words(p);
+    std::uint8_t padded[16] = {};
+    if (n > 0) std::memcpy(padded, p, static_cast<std::size_t>(n));
+    return load_words(padded);
+  }
+  static void store_words(void* p, I x) { vst1q_u8(static_cast<std::uint8_t*>(p), vreinterpretq_u8_u32(x)); }
+  static I add_words(I a, I b) { return vaddq_u32(a, b); }
+  static I bit_and(I a, I b) { return vandq_u32(a, b); }
+  static I shift_right(I a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
+  static F to_float(I a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+  static I to_int(F a) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a)); }
+  static F bits_as_float(I a) { return vreinterpretq_f32_u32(a); }
+  static F pick(F a, I index) {
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(a), vreinterpretq_u8_u32(at)));
+  }
+  static F gather(const float* base, I index) {
+    std::uint32_t at[4];
+    vst1q_u32(at, index);
+    const float found[4] = {base[at[0]], base[at[1]], base[at[2]], base[at[3]]};
+    return vld1q_f32(found);
+  }
+
+  static F from_half(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F from_bfloat(const std::uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static I signed_byte(I words, int place) {
+    const int32x4_t up = vreinterpretq_s32_u32(vshlq_u32(words, vdupq_n_s32(24 - 8 * place)));
+    return vreinterpretq_u32_s32(vshrq_n_s32(up, 24));
+  }
+  static I bit_xor(I a, I b) { return veorq_u32(a, b); }
+
+  static I spread_three(I bytes) {
+    static constexpr std::uint8_t order[16] = {0, 1, 2, 255, 3, 4, 5, 255, 6, 7, 8, 255, 9, 10, 11, 255};
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vreinterpretq_u8_u32(bytes), vld1q_u8(order)));
+  }
+
+  template <int Bits>
+  static F level(I words, const float* table16, F, F) {
+    const uint8x16x4_t table = vld1q_u8_x4(reinterpret_cast<const std::uint8_t*>(table16));
+    const uint32x4_t index = vandq_u32(words, vdupq_n_u32(15u));
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
+  }
+
+  /// acc + sum of 4 products u8 * s8 in each 32-bit lane, by way of 16 bits, which every AArch64 has.
+  static I dot4(I acc, I u8, I s8) {
+    const uint8x16_t u = vreinterpretq_u8_u32(u8);
+    const int8x16_t s = vreinterpretq_s8_u32(s8);
+    const int16x8_t ul = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(u)));
+    const int16x8_t uh = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(u)));
+    const int16x8_t sl = vmovl_s8(vget_low_s8(s)), sh = vmovl_s8(vget_high_s8(s));
+    const int32x4_t a = vmull_s16(vget_low_s16(ul), vget_low_s16(sl));
+    const int32x4_t b = vmull_s16(vget_high_s16(ul), vget_high_s16(sl));
+    const int32x4_t c = vmull_s16(vget_low_s16(uh), vget_low_s16(sh));
+    const int32x4_t d = vmull_s16(vget_high_s16(uh), vget_high_s16(sh));
+    const int32x4_t sums = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
+    return vaddq_u32(acc, vreinterpretq_u32_s32(sums));
+  }
+};
+
+}  // namespace laconic::neon

@@ -1,0 +1,137 @@
+// Vectors as plain arrays of four lanes, which any compiler turns into what its target has.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../halves.hpp"
+
+namespace laconic::portable {
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  struct F { float at[kLanes]; };
+  struct I { std::uint32_t at[kLanes]; };
+
+  static F zero() { return splat(0.0f); }
+  static F splat(float x) { return {{x, x, x, x}}; }
+  static F load(const float* p) { return read<F>(p, 16); }
+  static F load_first(const float* p, int n) { return read<F>(p, 4 * std::min(n, kLanes)); }
+  static void store(float* p, F x) { std::memcpy(p, x.at, 16); }
+  static void store_first(float* p, F x, int n) { std::memcpy(p, x.at, 4 * static_cast<std::size_t>(std::min(n, kLanes))); }
+  static F add(F a, F b) { return each(a, b, [](float x, float y) { return x + y; }); }
+  static F sub(F a, F b) { return each(a, b, [](float x, float y) { return x - y; }); }
+  static F mul(F a, F b) { return each(a, b, [](float x, float y) { return x * y; }); }
+  static F div(F a, F b) { return each(a, b, [](float x, float y) { return x / y; }); }
+  static F max(F a, F b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
+  static F min(F a, F b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+  static F fma(F a, F b, F c) { return add(mul(a, b), c); }  // rounded twice: std::fma is a call where there is none
+  static F abs(F a) { return each(a, a, [](float x, float) { return std::fabs(x); }); }
+  static F copy_sign(F size, F sign) { return each(size, sign, [](float x, float y) { return std::copysign(x, y); }); }
+  static F round(F a) { return each(a, a, [](float x, float) { return std::nearbyint(x); }); }
+  static float sum(F a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
+  static float largest(F a) { return std::max(std::max(a.at[0], a.at[1]), std::max(a.at[2], a.at[3])); }
+  static F scale_by_power(F a, F n) {
+    return each(a, n, [](float x, float y) {
+      return x * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<int>(y) + 127) << 23);
+    });
+  }
+
+  static I splat_word(std::int32_t x) {
+    const auto w = static_cast<std::uint32_t>(x);
+    return {{w, w, w, w}};
+  }
+  static I load_words(const void* p) { return read<I>(p, 16); }
+  static I load_bytes(const void* p, int n) { return read<I>(p, std::min(n, 16)); }
+  static void store_words(void* p, I x) { std::memcpy(p, x.at, 16); }
+  static I add_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }); }
+  static I bit_and(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x & y; }); }
+  static I shift_right(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x >> n; }); }
+  static F to_float(I a) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(static_cast<std::int32_t>(a.at[i]));
+    return r;
+  }
+  static I to_int(F a) {
+    I r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(std::nearbyint(a.at[i])));
+    return r;
+  }
+  static F bits_as_float(I a) { return std::bit_cast<F>(a); }
+  static F pick(F a, I index) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = a.at[index.at[i] & (kLanes - 1)];
+    return r;
+  }
+  static F gather(const float* base, I index) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = base[static_cast<std::int32_t>(index.at[i])];
+    return r;
+  }
+
+  static F from_half(const std::uint16_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = laconic::from_half(p[i]);
+    return r;
+  }
+  static F from_bfloat(const std::uint16_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = laconic::from_bfloat(p[i]);
+    return r;
+  }
+  static I signed_byte(I w, int place) {
+    I r;
+    for (int i = 0; i < kLanes; ++i)
+      r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w.at[i] << (24 - 8 * place)) >> 24);
+    return r;
+  }
+  static I bit_xor(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x ^ y; }); }
+
+  static I spread_three(I bytes) {
+    std::uint8_t raw[17] = {};
+    std::memcpy(raw, bytes.at, 16);
+    I r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = raw[3 * i] | raw[3 * i + 1] << 8 | static_cast<std::uint32_t>(raw[3 * i + 2]) << 16;
+    return r;
+  }
+
+  template <int Bits>
+  static F level(I words, const float* table16, F, F) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = table16[words.at[i] & 15u];  // repeated, so that 4 bits may count
+    return r;
+  }
+
+  static I dot4(I acc, I u8, I s8) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < 32; j += 8)
+        acc.at[i] += static_cast<std::uint32_t>(static_cast<std::int32_t>(u8.at[i] >> j & 0xffu) *
+                                                static_cast<std::int8_t>(s8.at[i] >> j & 0xffu));
+    return acc;
+  }
+
+ private:
+  template <class T>
+  static T read(const void* p, int n) {
+    T r{};
+    if (n > 0) std::memcpy(r.at, p, static_cast<std::size_t>(n));
+    return r;
+  }
+  template <class Op>
+  static F each(F a, F b, Op op) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = op(a.at[i], b.at[i]);
+    return r;
+  }
+  template <class Op>
+  static I words(I a, I b, Op op) {
+    I r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = op(a.at[i], b.at[i]);
+    return r;
+  }
+};
+
+}  // namespace laconic::portable

@@ -1,0 +1,46 @@
+// The kernels of one instruction set. Every file of targets/ fills one table.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.hpp"
+
+namespace laconic {
+
+/// Inputs and index tables laid out for the lanes of one instruction set; see weight_only.inl.
+struct Planes {
+  float* x;             // (m, chunks, codes per lane, lanes)
+  float* sums;          // (m, groups padded): of x over each group
+  std::int32_t* index;  // (chunks, lanes): group of each lane, less the chunk's first
+  std::int64_t chunks, x_stride, sums_stride;
+};
+
+struct Table {
+  int lanes;
+  void (*lay_planes)(const Linear&, const Planes&);
+  void (*linear_planes)(const Linear&, const Planes&, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*linear_rows)(const Linear&, std::int64_t begin, std::int64_t end, float* scratch, Isa isa);
+};
+
+const Table& portable_table();
+#if LACONIC_X86
+const Table& avx2_table();
+const Table& avx512_table();
+#endif
+#if LACONIC_ARM
+const Table& neon_table();
+#endif
+
+inline const Table& table(Isa isa) {
+#if LACONIC_X86
+  if (isa == Isa::avx512) return avx512_table();
+  if (isa == Isa::avx2) return avx2_table();
+#endif
+#if LACONIC_ARM
+  if (isa == Isa::neon) return neon_table();
+#endif
+  static_cast<void>(isa);
+  return portable_table();
+}
+
+}  // namespace laconic

@@ -1,0 +1,263 @@
+// y = x W^T with float32 inputs and packed weights, for few rows of x. Included once for every instruction set.
+//
+// A 32-bit word of a row holds C = 32/bits codes (3-bit codes: 24 bits, C = 8). One vector of words is shifted C times;
+// each time the low bits of every lane index a small table of levels, which is a register. So the codes of one
+// "plane" p are those at p, p + C, p + 2C ...: the inputs are laid out that way once, and the weights are read as they
+// lie. A lane belongs to one group, so a vector of scales multiplies the sum over the C planes of a chunk.
+
+namespace laconic::LACONIC_TARGET {
+
+template <int Bits>
+inline Simd::I load_lanes(const std::uint8_t* row, std::int64_t chunk, std::int64_t row_bytes) {
+  constexpr int kBytes = (Bits == 3 ? 3 : 4) * Simd::kLanes;
+  const std::int64_t at = chunk * kBytes, left = row_bytes - at;
+  // Of 3-bit codes a whole vector is read where the row has one, though only three quarters of it are used.
+  const Simd::I raw = left >= 4 * Simd::kLanes ? Simd::load_words(row + at)
+                                               : Simd::load_bytes(row + at, static_cast<int>(left));
+  if constexpr (Bits == 3) return Simd::spread_three(raw);
+  else return raw;
+}
+
+/// float32 of n scales (or real zero points); writes whole vectors, so `out` is padded.
+inline void read_floats(const void* base, Dtype dtype, std::int64_t first, std::int64_t n, float* out) {
+  using V = Simd;
+  if (dtype == Dtype::float32) {
+    const float* from = static_cast<const float*>(base) + first;
+    for (std::int64_t i = 0; i < n; ++i) out[i] = from[i];
+    return;
+  }
+  const auto* from = static_cast<const std::uint16_t*>(base) + first;
+  const bool half = dtype == Dtype::float16;
+  std::int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) V::store(out + i, half ? V::from_half(from + i) : V::from_bfloat(from + i));
+  for (; i < n; ++i) out[i] = half ? laconic::from_half(from[i]) : laconic::from_bfloat(from[i]);
+}
+
+/// Zero points of one row, less the middle code, as float32.
+inline void read_zeros(const Matrix& w, std::int64_t row, float* out) {
+  const float middle = static_cast<float>(1 << (w.bits - 1));
+  const std::int64_t at = w.one_scale ? 0 : row;
+  if (w.zero_kind == Zero::real) {
+    read_floats(w.zero, w.scale_dtype, at * w.groups, w.groups, out);
+    for (std::int64_t g = 0; g < w.groups; ++g) out[g] -= middle;
+    return;
+  }
+  const std::int64_t bit = at * w.bits;
+  const int shift = static_cast<int>(bit & 31);
+  const auto* words = static_cast<const std::uint32_t*>(w.zero) + (bit >> 5) * w.groups;
+  const std::uint32_t mask = (1u << w.bits) - 1u;
+  if (shift + w.bits <= 32) {
+    for (std::int64_t g = 0; g < w.groups; ++g)
+      out[g] = static_cast<float>(static_cast<std::int32_t>(words[g] >> shift & mask)) - middle;
+  } else {
+    for (std::int64_t g = 0; g < w.groups; ++g)
+      out[g] = static_cast<float>(static_cast<std::int32_t>((words[g] >> shift | words[g + w.groups] << (32 - shift)) & mask)) - middle;
+  }
+}
+
+inline void lay_planes(const Linear& job, const Planes& to) {
+  using V = Simd;
+  const int codes = codes_per_lane(job.w.bits), chunk = codes * V::kLanes;
+  const std::int64_t k = job.w.k, group = job.w.group;
+  alignas(64) std::int32_t step[V::kLanes];
+  for (int j = 0; j < V::kLanes; ++j) step[j] = j * codes;
+  const V::I steps = V::load_words(step);
+  for (std::int64_t m = 0; m < job.m; ++m) {
+    const float* x = job.x + m * job.x_stride;
+    float* out = to.x + m * to.x_stride;
+    for (std::int64_t c = 0; c < to.chunks; ++c, out += chunk) {
+      const std::int64_t from = c * chunk;
+      if (from + chunk <= k) {
+        for (int p = 0; p < codes; ++p) V::store(out + p * V::kLanes, V::gather(x + from + p, steps));
+      } else {
+        for (int p = 0; p < codes; ++p)
+          for (int j = 0; j < V::kLanes; ++j) {
+            const std::int64_t at = from + j * codes + p;
+            out[p * V::kLanes + j] = at < k ? x[at] : 0.0f;
+          }
+      }
+    }
+    if (job.w.zero_kind != Zero::none) {
+      for (std::int64_t g = 0; g < job.w.groups; ++g) {
+        const std::int64_t begin = g * group, end = begin + group < k ? begin + group : k;
+        V::F sum = V::zero();
+        for (std::int64_t i = begin; i < end; i += V::kLanes)
+          sum = V::add(sum, V::load_first(x + i, static_cast<int>(end - i < V::kLanes ? end - i : V::kLanes)));
+        to.sums[m * to.sums_stride + g] = V::sum(sum);
+      }
+    }
+  }
+  for (std::int64_t c = 0; c < to.chunks; ++c)
+    for (int j = 0; j < V::kLanes; ++j) {
+      const std::int64_t at = c * chunk + j * codes;
+      to.index[c * V::kLanes + j] = static_cast<std::int32_t>((at < k ? at : k - 1) / group - c * chunk / group);
+    }
+}
+
+/// R rows of W from row n against M rows of x from row m0: R x M sums that stay in registers.
+template <int Bits, int M, int R, bool Grouped>
+void planes_block(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t n, float* scratch) {
+  using V = Simd;
+  using F = V::F;
+  constexpr int kCodes = codes_per_lane(Bits), kChunk = kCodes * V::kLanes;
+  const Matrix& w = job.w;
+  const F low = V::load(levels), high = V::load(levels + (V::kLanes <= 8 ? 8 : 0));
+  const typename V::I flip = V::splat_word(static_cast<std::int32_t>(0x80808080u));
+  const std::int64_t row_bytes = 4 * w.words_per_row, padded = w.groups + V::kLanes;
+  const auto* row = reinterpret_cast<const std::uint8_t*>(w.words + n * w.words_per_row);
+  float* zeros = scratch + R * padded;
+  for (int r = 0; r < R; ++r)
+    read_floats(w.scale, w.scale_dtype, w.one_scale ? 0 : (n + r) * w.groups, w.groups, scratch + r * padded);
+  F total[M][R];
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) total[m][r] = V::zero();
+  for (std::int64_t c = 0; c < in.chunks; ++c) {
+    typename V::I words[R];
+    for (int r = 0; r < R; ++r) {
+      words[r] = load_lanes<Bits>(row + r * row_bytes, c, row_bytes);
+      if constexpr (Bits == 8) words[r] = V::bit_xor(words[r], flip);
+    }
+    const float* x = in.x + m0 * in.x_stride + c * kChunk;
+    F part[M][R];
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) part[m][r] = V::zero();
+#pragma GCC unroll 32
+    for (int p = 0; p < kCodes; ++p) {
+      F level[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        if constexpr (Bits == 8)
+          level[r] = V::to_float(V::signed_byte(words[r], p));
+        else
+          level[r] = V::template level<Bits>(p == 0 ? words[r] : V::shift_right(words[r], p * Bits), levels, low, high);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const F value = V::load(x + m * in.x_stride + p * V::kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) part[m][r] = V::fma(level[r], value, part[m][r]);
+      }
+    }
+    if constexpr (Grouped) {
+      const typename V::I index = V::load_words(in.index + c * V::kLanes);
+      const float* scales = scratch + c * kChunk / w.group;
+      for (int r = 0; r < R; ++r) {
+        const F scale = V::pick(V::load(scales + r * padded), index);
+        for (int m = 0; m < M; ++m) total[m][r] = V::fma(part[m][r], scale, total[m][r]);
+      }
+    } else {
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) total[m][r] = V::add(total[m][r], part[m][r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const float* scales = scratch + r * padded;
+    if (w.zero_kind != Zero::none) {
+      read_zeros(w, n + r, zeros);
+      for (int m = 0; m < M; ++m) {
+        const float* sums = in.sums + (m0 + m) * in.sums_stride;
+        F off = V::zero();
+        for (std::int64_t g = 0; g < w.groups; g += V::kLanes) {
+          const int left = static_cast<int>(w.groups - g < V::kLanes ? w.groups - g : V::kLanes);
+          F size = V::mul(V::load_first(zeros + g, left), V::load_first(sums + g, left));
+          if constexpr (Grouped) size = V::mul(size, V::load_first(scales + g, left));
+          off = V::add(off, size);
+        }
+        total[m][r] = V::sub(total[m][r], off);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      job.out[(m0 + m) * job.out_stride + n + r] = V::sum(total[m][r]) * (Grouped ? 1.0f : scales[0]);
+  }
+}
+
+template <int Bits, int M, bool Grouped>
+void planes_rows(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t begin,
+                 std::int64_t end, float* scratch) {
+  constexpr int kRows = 4;
+  std::int64_t n = begin;
+  for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped>(job, in, levels, m0, n, scratch);
+  for (; n < end; ++n) planes_block<Bits, M, 1, Grouped>(job, in, levels, m0, n, scratch);
+}
+
+template <int Bits, bool Grouped>
+void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
+  alignas(64) float levels[16];
+  for (int i = 0; i < 16; ++i) {
+    const int code = i & ((1 << (Bits < 4 ? Bits : 4)) - 1);
+    levels[i] = job.w.levels != nullptr ? job.w.levels[code] : static_cast<float>(code - (1 << (Bits - 1)));
+  }
+  std::int64_t m = 0;
+  for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
+  if (job.m - m >= 2) {
+    planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
+    m += 2;
+  }
+  if (m < job.m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
+}
+
+template <int Bits>
+void planes_bits(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
+  job.w.groups > 1 ? planes_width<Bits, true>(job, in, begin, end, scratch)
+                   : planes_width<Bits, false>(job, in, begin, end, scratch);
+}
+
+inline void end_rows(const Linear& job, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t m = 0; m < job.m; ++m) {
+    const std::int64_t at = m * job.out_stride + begin;
+    finish(job.out + at, job.then.bias == nullptr ? nullptr : job.then.bias + begin,
+           job.then.residual == nullptr ? nullptr : job.then.residual + at, job.then.act, end - begin);
+  }
+}
+
+inline void linear_planes(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
+  switch (job.w.bits) {
+    case 1: planes_bits<1>(job, in, begin, end, scratch); break;
+    case 2: planes_bits<2>(job, in, begin, end, scratch); break;
+    case 3: planes_bits<3>(job, in, begin, end, scratch); break;
+    case 4: planes_bits<4>(job, in, begin, end, scratch); break;
+    default: planes_bits<8>(job, in, begin, end, scratch); break;
+  }
+  end_rows(job, begin, end);
+}
+
+/// Any other width or grouping: a row becomes float32 in the cache, and is multiplied from there.
+inline void linear_rows(const Linear& job, std::int64_t begin, std::int64_t end, float* scratch, Isa isa) {
+  using V = Simd;
+  using F = V::F;
+  const Matrix& w = job.w;
+  float* scales = scratch + w.k + V::kLanes;
+  float* zeros = scales + w.groups + V::kLanes;
+  auto* codes = reinterpret_cast<std::uint8_t*>(zeros + w.groups + V::kLanes);
+  const float middle = static_cast<float>(1 << (w.bits - 1));
+  for (std::int64_t n = begin; n < end; ++n) {
+    unpack_row(w.words + n * w.words_per_row, w.bits, w.k, codes, isa);
+    if (n == begin || !w.one_scale) read_floats(w.scale, w.scale_dtype, w.one_scale ? 0 : n * w.groups, w.groups, scales);
+    if (w.zero_kind != Zero::none && (n == begin || !w.one_scale)) read_zeros(w, n, zeros);
+    for (std::int64_t g = 0; g < w.groups; ++g) {
+      const std::int64_t first = g * w.group, stop = first + w.group < w.k ? first + w.group : w.k;
+      const float zero = middle + (w.zero_kind == Zero::none ? 0.0f : zeros[g]), scale = scales[g];
+      if (w.levels != nullptr)
+        for (std::int64_t i = first; i < stop; ++i) scratch[i] = w.levels[codes[i]] * scale;
+      else
+        for (std::int64_t i = first; i < stop; ++i) scratch[i] = (static_cast<float>(codes[i]) - zero) * scale;
+    }
+    for (std::int64_t m = 0; m < job.m; ++m) {
+      const float* x = job.x + m * job.x_stride;
+      F a = V::zero(), b = V::zero();
+      std::int64_t i = 0;
+      for (; i + 2 * V::kLanes <= w.k; i += 2 * V::kLanes) {
+        a = V::fma(V::load(x + i), V::load(scratch + i), a);
+        b = V::fma(V::load(x + i + V::kLanes), V::load(scratch + i + V::kLanes), b);
+      }
+      for (; i < w.k; i += V::kLanes) {
+        const int left = static_cast<int>(w.k - i < V::kLanes ? w.k - i : V::kLanes);
+        a = V::fma(V::load_first(x + i, left), V::load_first(scratch + i, left), a);
+      }
+      job.out[m * job.out_stride + n] = V::sum(V::add(a, b));
+    }
+  }
+  end_rows(job, begin, end);
+}
+
+}  // namespace laconic::LACONIC_TARGET

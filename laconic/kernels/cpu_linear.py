@@ -1,0 +1,73 @@
+"""Linear layers on packed weights by the compiled kernels: what `torch.ops.laconic.linear` runs on a CPU.
+
+The reference in `laconic.kernels.ops` is the truth. Sums are taken in another order here, so results agree to
+rounding of float32 (a part in 10^6 of the largest value), and are the same bits from run to run and for any number of
+threads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.kernels import native
+from laconic.numerics import Scheme
+
+__all__ = ["ACTS", "linear", "weights_of"]
+
+ACTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+_ZERO = {"none": 0, "int": 1, "real": 2}
+_SCALE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def weights_of(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k: int) -> Any:
+    """The extension's description of a packed matrix (rows, k): addresses of these tensors, which must stay alive.
+
+    Raises:
+        ValueError: a tensor has another type or shape than the scheme says.
+    """
+    native.check("linear", "codes", codes, (torch.int32,), 2)
+    native.check("linear", "scale", scale, tuple(_SCALE), 2)
+    if zero is not None:
+        native.check("linear", "zero", zero, (torch.int32,) if scheme.zero == "int" else (scale.dtype,), 2)
+    rows, words = codes.shape
+    group = scheme.scale.group_of(k)
+    return native.module().Weights(
+        codes.data_ptr(), codes.numel(), rows, words, scale.data_ptr(), scale.numel(), _SCALE[scale.dtype],
+        scale.shape[0], zero.data_ptr() if zero is not None else 0, zero.numel() if zero is not None else 0,
+        _ZERO[scheme.zero], 0, 0, scale.shape[1], group, scheme.bits, k,
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scheme: Scheme,
+    act: str,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> Tensor:
+    """y = act(x W^T + b) + r with float32 products, for few rows of x; see `torch.ops.laconic.linear`."""
+    k, rows = x.shape[-1], codes.shape[0]
+    w = weights_of(codes, scale, zero, scheme, k)
+    m = math.prod(x.shape[:-1])
+    flat = x.reshape(m, k).float().contiguous()
+    out = torch.empty((m, rows), dtype=torch.float32)
+    bias = bias.float().contiguous() if bias is not None else None
+    other = residual.expand(*x.shape[:-1], rows).reshape(m, rows).float().contiguous() if residual is not None else None
+    native.module().linear(
+        w, flat.data_ptr(), flat.numel(), m, out.data_ptr(), out.numel(),
+        bias.data_ptr() if bias is not None else 0, rows if bias is not None else 0,
+        other.data_ptr() if other is not None else 0, other.numel() if other is not None else 0,
+        ACTS[act], torch.get_num_threads() if threads is None else threads, isa,
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], rows).to(x.dtype)
