@@ -9,9 +9,13 @@
 #include "kernels.hpp"
 #include "linear.hpp"
 #include "table.hpp"
+#include "unroll.hpp"
 
 #include "activation.inl"
 #include "weight_only.inl"
+#include "integer.inl"
+#include "attention.inl"
+#include "block.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -20,6 +24,14 @@ static const Table kTable{
     .lay_planes = lay_planes,
     .linear_planes = linear_planes,
     .linear_rows = linear_rows,
+    .panel = kPanel,
+    .tile = kTile,
+    .round_inputs = round_inputs,
+    .linear_int8 = linear_int8,
+    .attend = attend,
+    .norm_rows = norm_rows,
+    .rotate_rows = rotate_rows,
+    .multiply = multiply,
 };
 
 }  // namespace laconic::LACONIC_TARGET

@@ -92,4 +92,5 @@ NB_MODULE(_cpu, m) {
   m.def("hadamard", &hadamard, nb::arg("x"), nb::arg("length"), nb::arg("rows"), nb::arg("n"), nb::arg("scale"),
         nb::arg("row_begin"), nb::arg("row_end"), nb::arg("isa") = -1, unlocked());
   bind_linear(m);
+  bind_block(m);
 }
