@@ -35,8 +35,6 @@ ACTIVATIONS = {
 TILE = 1 << 21
 # Each row of the inputs (a token) rounded to 8 bits when the layer runs; the only scheme of inputs so far.
 INT8_TOKENS = "v1/int8/token/float32/minmax/znone/nearest"
-# Rows of inputs up to which weights are looked up on the fly; from there on, unpacking tiles for a float product wins.
-FEW = 32
 
 _library = torch.library.Library("laconic", "DEF")
 _library.define(
@@ -182,12 +180,11 @@ _by_reference = False
 
 def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how = Scheme.parse(scheme)
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
         if inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1]):
             return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=True)
-        if not inputs and tokens <= FEW:
+        if not inputs:
             return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act)
     return _linear(x, codes, scale, zero, bias, residual, scheme=scheme, act=act, inputs=inputs)
 

@@ -90,9 +90,7 @@ def test_linear_refuses_another_width():
     packed = nn.Linear(21, 9)
     pack(packed)
     for width in (20, 22):
-        with pytest.raises(
-            RuntimeError, match=rf"takes 21 features and got an input of shape \(4, {width}\)"
-        ):
+        with pytest.raises(RuntimeError, match=rf"takes 21 features and got an input of shape \(4, {width}\)"):
             packed(noise(4, width))
 
 
@@ -313,9 +311,7 @@ def experts(kind: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     common = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
     if kind == "mixtral":
-        config = transformers.MixtralConfig(
-            **common, intermediate_size=20, num_local_experts=3, num_key_value_heads=2
-        )
+        config = transformers.MixtralConfig(**common, intermediate_size=20, num_local_experts=3, num_key_value_heads=2)
         module = transformers.models.mixtral.modeling_mixtral.MixtralExperts(config)
     else:
         config = transformers.Qwen2MoeConfig(**common, moe_intermediate_size=20, num_experts=3)

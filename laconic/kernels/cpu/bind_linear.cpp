@@ -36,6 +36,7 @@ Matrix matrix_of(const Weights& w) {
     check_block("levels", w.levels, w.levels_length, 1, Int{1} << w.bits, 4);
   }
   return {
+      .dense = nullptr,
       .words = reinterpret_cast<const std::uint32_t*>(w.words),
       .scale = reinterpret_cast<const void*>(w.scale),
       .zero = reinterpret_cast<const void*>(w.zero),

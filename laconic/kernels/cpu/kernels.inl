@@ -14,6 +14,7 @@
 #include "activation.inl"
 #include "weight_only.inl"
 #include "integer.inl"
+#include "dense.inl"
 #include "attention.inl"
 #include "block.inl"
 
@@ -28,6 +29,9 @@ static const Table kTable{
     .tile = kTile,
     .round_inputs = round_inputs,
     .linear_int8 = linear_int8,
+    .dense_scratch = dense_scratch,
+    .linear_dense = linear_dense,
+    .dense_rows = dense_rows,
     .attend = attend,
     .norm_rows = norm_rows,
     .rotate_rows = rotate_rows,

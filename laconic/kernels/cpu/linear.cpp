@@ -41,7 +41,31 @@ Int8Sizes int8_sizes(const Linear& job, Isa isa) {
 
 }  // namespace
 
+namespace {
+
+constexpr std::int64_t kFew = 8;         // rows of x that meet codes as they come
+constexpr std::int64_t kDenseBlock = 96;  // rows of x, whole tiles, that one panel meets before the next
+
+void by_panels(const Linear& job, float* scratch, int threads, Isa isa) {
+  const Table& kernels = table(isa);
+  const std::int64_t own = kernels.dense_scratch(job.w), panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
+  // A second block unpacks the panels again: only where there are fewer panels than threads does it pay to have one.
+  const std::int64_t size = panels >= 2 * threads ? job.m : kDenseBlock, blocks = (job.m + size - 1) / size;
+  parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t block = task / panels * size, stop = block + size < job.m ? block + size : job.m;
+      kernels.linear_dense(job, task % panels, block, stop, scratch + thread * own, isa);
+    }
+  });
+}
+
+bool takes_panels(const Linear& job) { return job.m > kFew && job.w.k > 0; }
+
+}  // namespace
+
 std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa) {
+  if (takes_panels(job)) return threads * table(isa).dense_scratch(job.w);
+  if (job.w.dense != nullptr) return 0;
   const Sizes s = sizes(job, isa);
   return s.x + s.sums + s.index + threads * s.thread;
 }
@@ -49,6 +73,12 @@ std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa) {
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
   if (job.m == 0 || job.w.rows == 0) return;
   const Table& kernels = table(isa);
+  if (takes_panels(job)) return by_panels(job, scratch, threads, isa);
+  if (job.w.dense != nullptr) {
+    return parallel(threads, job.w.rows, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
+      kernels.dense_rows(job, begin, end);
+    });
+  }
   const Sizes s = sizes(job, isa);
   float* own = scratch + s.x + s.sums + s.index;
   const auto mine = [&](int thread) { return own + thread * s.thread; };

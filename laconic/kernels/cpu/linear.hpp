@@ -13,8 +13,9 @@ namespace laconic {
 enum class Act { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 enum class Zero { none = 0, packed = 1, real = 2 };
 
-/// Packed weights (rows, k) as the artifact stores them.
+/// Weights (rows, k): packed as the artifact stores them, or float32.
 struct Matrix {
+  const float* dense;          // float32 weights, else null: all that follows but rows and k is for packed ones
   const std::uint32_t* words;  // (rows, words_per_row), dense
   const void* scale;           // (rows, groups), or (1, 1) for one scale of the whole matrix
   const void* zero;            // packed: words (ceil(rows*bits/32), groups), dense along rows; real: as scale
@@ -62,7 +63,8 @@ constexpr bool reads_lanes(const Matrix& w) {
 /// Memory, in floats, that one call of `linear_float` needs beside its operands.
 std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa);
 
-/// x stays float32 and weights are exact. For few rows of x.
+/// x stays float32 and weights are exact. Few rows of x meet codes that are looked up as they come; many meet panels of
+/// float32 that are unpacked once for all of them.
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa);
 
 /// Whether `linear_int8` can take the matrix: groups of whole words of four codes, integers.

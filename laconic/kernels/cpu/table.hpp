@@ -35,6 +35,9 @@ struct Table {
   void (*round_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end, std::int8_t* scratch);
   void (*linear_int8)(const Linear&, const Rounded&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end,
                       std::uint8_t* scratch, Isa isa);
+  std::int64_t (*dense_scratch)(const Matrix&);
+  void (*linear_dense)(const Linear&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end, float* scratch, Isa isa);
+  void (*dense_rows)(const Linear&, std::int64_t begin, std::int64_t end);
   void (*attend)(const Attention&, std::int64_t begin, std::int64_t end, float* scratch);
   void (*norm_rows)(const Norm&, const float* x, float* out, std::int64_t width, std::int64_t begin, std::int64_t end);
   void (*rotate_rows)(const Rotary&, float* x, std::int64_t heads, std::int64_t dim, std::int64_t begin, std::int64_t end);
