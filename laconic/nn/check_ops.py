@@ -1,6 +1,6 @@
 """Every op of laconic on packed weights, against torch's own operation on the same weights unpacked.
 
-The reference goes by `laconic.numerics` alone: W = s (q - z) as float32, and then the float operation. What runs is
+The reference goes by `laconic.numerics` alone: W = s (q - z), or s T[q], as float32, and then the float operation. What runs is
 whatever is registered here, so a broken kernel, or one that was built for another machine, shows.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.numerics import Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, dequantize, quantize
 
 from .packed import PackedParameterSpec, pack_tensors
 
@@ -36,13 +36,17 @@ class _Packed(NamedTuple):
 
 
 def _matrices(rows: int, k: int) -> Iterator[_Packed]:
-    """A (rows, k) matrix in schemes of every kind of zero point and granularity."""
+    """A (rows, k) matrix in schemes of every kind of element, zero point and granularity."""
     for scheme in (
         Scheme(Int(8), Scale("channel")),
         Scheme(Int(5), Scale("tensor"), zero="int"),
         Scheme(Int(4), Scale("group", group=16, dtype="float16")),
         Scheme(Int(3), Scale("group", group=5, dtype="float16"), zero="int"),
         Scheme(Int(2), Scale("group", group=16, dtype="bfloat16"), zero="real"),
+        Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+        Scheme(Levels("fp4"), Scale("tensor")),
+        Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+        Scheme(Binary(), Scale("group", group=10, dtype="bfloat16", rule="absmean")),
     ):
         x = _noise(rows, k)
         scale, zero = affine_params(x, scheme)

@@ -1,13 +1,15 @@
-"""The affine map between real numbers and integer codes: scales, rounding, and back.
+"""The map between real numbers and codes: scales, rounding, and back. Affine for integers:
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
+
+and by a table of levels for the other elements (`codebook.py`), x^ = s T[q].
 
 Conventions, each tested:
 - symmetric (`zero="none"`): z = 2^(b-1), s = 2 amax / (2^b - 1) clipped so that both ends are used (the range
   is [-2^(b-1), 2^(b-1) - 1], the step that of compressed-tensors), asymmetric: the range is stretched to hold
   0, so that 0 is exact, s = (max - min) / (2^b - 1), z = round(-min / s) (`int`) or -min / s (`real`, where 0
   need not be exact and the range is not stretched).
-- all-zero groups store s = 1 and code z: they come back as exact zeros.
+- all-zero groups store s = 1 and code z: they come back as exact zeros (binary ones store s = 0).
 - rounding is to nearest, ties to even (torch.round), or stochastic: floor(x + u), u ~ U[0, 1) from an
   explicit generator.
 - scales are rounded to their storage type before codes are computed, and a scale that would round to zero or
@@ -20,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import codebook
+from .elements import Binary, Int, Ternary
 from .finite import check_finite
 from .scheme import Scheme
 
@@ -64,6 +68,8 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
         zeros = [zero for _, zero in parts if zero is not None]
         return torch.cat([scale for scale, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
     groups = grouped(x, scheme)
+    if not isinstance(scheme.element, Int):
+        return _codebook_scale(groups, scheme, name), None
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
         scale, zero = _search_mse(groups, low, high, scheme, name)
@@ -73,13 +79,18 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
 
 
 def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for value ranges [low, high] (any shape): the end of every scale rule."""
+    """Scale and zero point for value ranges [low, high] (any shape): the end of every scale rule of integers.
+
+    Raises:
+        ScaleOutOfRange: a scale does not fit in the scale dtype.
+        ValueError: the element's scale does not follow from a range (binary).
+    """
+    if isinstance(scheme.element, Binary):
+        raise ValueError(f"{name}: the scale of a binary element is the mean of its sizes, and follows from no range")
+    if not isinstance(scheme.element, Int):
+        return _stored(codebook.range_scale(low, high), scheme, name), None
     scale, stored, zero = _params(low, high, scheme)
-    if not bool(_storable(stored).all()):
-        raise ScaleOutOfRange(
-            f"{name}: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit in "
-            f"{scheme.scale.dtype}; store the scales of this tensor as float32"
-        )
+    _check_storable(_storable(stored), scale, scheme, name)
     if zero is not None and scheme.zero == "real" and not bool(torch.isfinite(zero).all()):
         raise ScaleOutOfRange(f"{name}: a real zero point does not fit in {scheme.scale.dtype}; store it as float32")
     return stored, zero
@@ -88,11 +99,14 @@ def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "te
 def quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1)."""
+    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1), or nearest levels."""
     rows, k = x.shape
     codes = torch.empty((rows, k), dtype=torch.uint8, device=x.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
+        if not isinstance(scheme.element, Int):
+            codes[begin:end] = codebook.codes_of(x[begin:end], s, scheme.element)
+            continue
         v = x[begin:end].float() / s + (z if scheme.zero == "real" else 0)
         noise = torch.rand(v.shape, generator=generator, device=v.device) if scheme.rounding == "stochastic" else None
         v = v.round() if noise is None else torch.floor(v + noise)
@@ -103,12 +117,15 @@ def quantize(
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """Values (rows, k) float32 of codes: x^ = s * (q - z)."""
+    """Values (rows, k) float32 of codes: x^ = s * (q - z), or s T[q]."""
     rows, k = codes.shape
     out = torch.empty((rows, k), dtype=torch.float32, device=codes.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
-        out[begin:end] = (codes[begin:end].float() - z) * s
+        if isinstance(scheme.element, Int):
+            out[begin:end] = (codes[begin:end].float() - z) * s
+        else:
+            out[begin:end] = codebook.values_of(codes[begin:end], s, scheme.element)
     return out
 
 
@@ -152,6 +169,38 @@ def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, 
     return scale, stored, zero.to(scheme.scale.torch_dtype)
 
 
+def _codebook_scale(groups: Tensor, scheme: Scheme, name: str) -> Tensor:
+    """Stored scales (rows, G) of groups (rows, G, g) under an element with a table."""
+    element, rule = scheme.element, scheme.scale.rule
+    assert not isinstance(element, Int)
+    if rule == "absmean":
+        # A binary scale may be zero only where all numbers are.
+        empty = (groups == 0).all(-1) if isinstance(element, Binary) else None
+        return _stored(codebook.absmean_scale(groups, element), scheme, name, empty)
+    if rule == "mse" and isinstance(element, Ternary):
+        return _stored(codebook.ternary_mse_scale(groups), scheme, name)
+    widest = _stored(codebook.range_scale(*_range(groups, scheme)), scheme, name)
+    if rule != "mse":
+        return widest
+    return codebook.search_scale(groups, _shares(), MSE_NORM, element, widest.dtype).to(widest.dtype)
+
+
+def _stored(scale: Tensor, scheme: Scheme, name: str, allowed: Tensor | None = None) -> Tensor:
+    """Scales in their storage type; refused by name where they do not fit, but for those `allowed`."""
+    stored = scale.to(scheme.scale.torch_dtype)
+    storable = _storable(stored)
+    _check_storable(storable if allowed is None else storable | allowed, scale, scheme, name)
+    return stored
+
+
+def _check_storable(storable: Tensor, scale: Tensor, scheme: Scheme, name: str) -> None:
+    if not bool(storable.all()):
+        raise ScaleOutOfRange(
+            f"{name}: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit in "
+            f"{scheme.scale.dtype}; store the scales of this tensor as float32"
+        )
+
+
 def _storable(stored: Tensor) -> Tensor:
     return (stored != 0) & torch.isfinite(stored)
 
@@ -181,8 +230,7 @@ def _search_mse(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, name:
     if groups.numel() == 0:
         return scale, zero
     flat, low, high = groups.reshape(-1, groups.shape[-1]), low.reshape(-1), high.reshape(-1)
-    grid = 1 - torch.arange(1, int(MSE_SHRINK * MSE_GRID), dtype=torch.float64) / MSE_GRID
-    shrunk = torch.cat([torch.ones(1, dtype=torch.float64), grid]).float().to(flat.device)
+    shrunk = _shares().to(flat.device)
     best = torch.empty(flat.shape[0], dtype=torch.int64, device=flat.device)
     step = max(1, SEARCH // flat.shape[1])
     for begin in range(0, flat.shape[0], step):
@@ -190,6 +238,12 @@ def _search_mse(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, name:
         best[part] = _search(flat[part].float().T.contiguous(), shrunk, low[part], high[part], scheme)
     _, s, z = _params(shrunk[best] * low, shrunk[best] * high, scheme)
     return s.view_as(scale), z.view_as(zero) if zero is not None and z is not None else None
+
+
+def _shares() -> Tensor:
+    """What is tried of the widest range, the whole first."""
+    grid = 1 - torch.arange(1, int(MSE_SHRINK * MSE_GRID), dtype=torch.float64) / MSE_GRID
+    return torch.cat([torch.ones(1, dtype=torch.float64), grid]).float()
 
 
 def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:

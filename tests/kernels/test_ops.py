@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laconic.kernels import native, ops
 from laconic.nn import PackedParameterSpec, declare, fill, pack_tensors
-from laconic.numerics import Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, dequantize, quantize
 
 laconic = torch.ops.laconic
 
@@ -30,6 +30,13 @@ SCHEMES = [
         (2, "group", 16, "float16", "real"),
         (2, "tensor", None, "bfloat16", "none"),
     )
+]
+CODEBOOKS = [
+    Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+    Scheme(Levels("fp4"), Scale("tensor", dtype="bfloat16")),
+    Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+    Scheme(Ternary(), Scale("group", group=16, dtype="float32", rule="mse")),
+    Scheme(Binary(), Scale("group", group=5, dtype="float16", rule="absmean")),
 ]
 
 
@@ -69,16 +76,14 @@ def road(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(native, "load", lambda: None)
     elif native.load() is None:
-        pytest.skip(
-            f"the kernel is not built: {native.reason() if hasattr(native, 'reason') else 'no compiler'}"
-        )
+        pytest.skip(f"the kernel is not built: {native.reason() if hasattr(native, 'reason') else 'no compiler'}")
     return request.param
 
 
 # --- values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize(("rows", "k"), [(1, 1), (7, 33), (24, 64), (5, 130)])
 def test_dequantize(road, scheme, rows, k):
     w = packed(scheme, rows, k)
@@ -86,7 +91,7 @@ def test_dequantize(road, scheme, rows, k):
     assert torch.equal(found, w.weight)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize("shape", [(33,), (4, 33), (2, 3, 33), (0, 33), (2, 0, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_linear(road, scheme, shape, dtype):
@@ -110,13 +115,11 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one(road, monkeypatch):
 def test_linear_in_tiles(road, monkeypatch):
     """A weight of several tiles, the last one short: the same numbers up to the order of sums."""
     monkeypatch.setattr(ops, "TILE", 100)
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *CODEBOOKS):
         w, x, bias = packed(scheme, 17, 33), noise(4, 33), noise(17)
         found = laconic.linear(x, *w.operands, bias, None, scheme=str(scheme), act="relu")
         torch.testing.assert_close(found, F.relu(F.linear(x, w.weight, bias)))
-        assert torch.equal(
-            laconic.dequantize(*w.operands, scheme=str(scheme), k=33, dtype=torch.float32), w.weight
-        )
+        assert torch.equal(laconic.dequantize(*w.operands, scheme=str(scheme), k=33, dtype=torch.float32), w.weight)
 
 
 @pytest.mark.parametrize("act", ops.ACTIVATIONS)
@@ -136,7 +139,7 @@ def test_unknown_activation_and_scheme():
         laconic.linear(x, *w.operands, scheme="int4")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
 def test_embedding(road, scheme, shape):
     w = packed(scheme, 11, 19)
@@ -155,7 +158,7 @@ def test_embedding_refuses_ids_outside_as_torch_does(bad):
         laconic.embedding(torch.tensor([bad]), *w.operands, scheme=str(w.scheme), dim=19, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize(
     ("dims", "options"),
     [(1, {}), (1, {"stride": [2], "padding": [3], "dilation": [2]}), (2, {"groups": 2}),
@@ -175,7 +178,7 @@ def test_conv(road, scheme, dims, options):
         assert torch.equal(found, function(x, weight, bias, **given))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_experts(road, scheme):
     count, out, k = 3, 5, 13
     w = packed(scheme, count * out, k)
@@ -192,7 +195,7 @@ def test_experts(road, scheme):
 # --- the two roads ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_native_equals_reference(scheme, monkeypatch):
     if native.load() is None:
         pytest.skip("the kernel is not built")
@@ -219,7 +222,7 @@ def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), inputs))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:7:3], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES[:7:3], *CODEBOOKS[::2]], ids=str)
 @pytest.mark.parametrize("act", ["none", "gelu"])
 def test_linear_gradients(scheme, act):
     w = packed(scheme, 9, 33)
@@ -282,7 +285,7 @@ def test_packed_tensors_have_no_gradient():
 # --- what torch asks of an op -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_opcheck(scheme):
     text = {"scheme": str(scheme)}
     w = packed(scheme, 6, 20)
@@ -291,9 +294,7 @@ def test_opcheck(scheme):
     given = (noise(3, 20, requires_grad=True), *w.operands, noise(6, requires_grad=True), noise(3, 6))
     torch.library.opcheck(laconic.linear.default, given, {**text, "act": "gelu"})
     ids = torch.tensor([[0, 5], [3, 3]])
-    torch.library.opcheck(
-        laconic.embedding.default, (ids, *w.operands), {**text, "dim": 20, "dtype": torch.float16}
-    )
+    torch.library.opcheck(laconic.embedding.default, (ids, *w.operands), {**text, "dim": 20, "dtype": torch.float16})
     torch.library.opcheck(laconic.dequantize.default, w.operands, {**text, "k": 20, "dtype": torch.bfloat16})
     conv = {**text, "kernel": [5], "stride": [1], "padding": [2], "dilation": [1], "groups": 1}
     for x in (noise(2, 4, 9, requires_grad=True), noise(0, 4, 9), noise(4, 9)):
@@ -301,12 +302,10 @@ def test_opcheck(scheme):
     index = torch.tensor([1, 0, 1])
     given = (noise(3, 20, requires_grad=True), index, *w.operands, noise(2, 3, requires_grad=True))
     torch.library.opcheck(laconic.experts.default, given, {**text, "out": 3, "act": "silu"})
-    torch.library.opcheck(
-        laconic.experts_input_grad.default, (noise(3, 3), index, *w.operands), {**text, "k": 20}
-    )
+    torch.library.opcheck(laconic.experts_input_grad.default, (noise(3, 3), index, *w.operands), {**text, "k": 20})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[::4], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES[::4], *CODEBOOKS[::2]], ids=str)
 def test_export_of_a_packed_linear(scheme):
     """The exported program calls the op, and takes any batch size."""
     module = nn.Linear(20, 6)
