@@ -14,7 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, dequantize, quantize
+from laconic.kernels import sparse as _sparse  # noqa: F401 - registers torch.ops.laconic.sparse_linear
+from laconic.numerics import (
+    Binary,
+    BlockSparse,
+    Int,
+    Levels,
+    Scale,
+    Scheme,
+    Sparse24,
+    Ternary,
+    affine_params,
+    dequantize,
+    mask_24,
+    mask_blocks,
+    quantize,
+)
 
 from .packed import PackedParameterSpec, pack_tensors
 
@@ -106,6 +121,30 @@ def _dequantize(op: Op) -> Iterator[Case]:
             yield f"{(rows, k)}, {packed.scheme}", got, packed.weight
 
 
+def _sparse_matrices(rows: int, k: int) -> Iterator[tuple[dict[str, str], tuple[Tensor | None, ...], Tensor]]:
+    """Format, operands and float32 matrix: two of four and blocks, in every type of values."""
+    x = _noise(rows, k)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        two = Sparse24.pack(x * mask_24(x), dtype)
+        yield {"format": two.format}, (two.values, two.positions, None, two.scale), two.unpack()
+        for block in ((1, 4), (3, 2)):
+            some = BlockSparse.pack(x * mask_blocks(x, block, 0.4), block, dtype)
+            yield {"format": some.format}, (some.values, some.columns, some.starts, some.scale), some.unpack()
+
+
+def _sparse_linear(op: Op) -> Iterator[Case]:
+    for how, operands, weight in _sparse_matrices(6, 36):
+        for leading in ((), (3,), (2, 3)):
+            x, bias = _noise(*leading, 36), _noise(6)
+            got = op(x, *operands, bias, **how, act="silu")
+            yield how["format"], got, F.silu(F.linear(x, weight, bias))
+
+
+def _sparse_dense(op: Op) -> Iterator[Case]:
+    for how, operands, weight in _sparse_matrices(6, 36):
+        yield how["format"], op(*operands, **how, k=36, dtype=torch.float32), weight
+
+
 CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "linear": _linear,
     "embedding": _embedding,
@@ -113,6 +152,8 @@ CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "experts": _experts,
     "experts_input_grad": _experts_input_grad,
     "dequantize": _dequantize,
+    "sparse_linear": _sparse_linear,
+    "sparse_dense": _sparse_dense,
 }
 
 

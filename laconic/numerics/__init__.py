@@ -16,12 +16,14 @@ from .hadamard import hadamard
 from .levels import TABLES
 from .packing import BASE3, DENSE, Layout, layout_of, pack, pack_codes, unpack, unpack_codes
 from .scheme import Scale, Scheme
+from .sparse import BlockSparse, Sparse24, mask_24, mask_blocks, sparse_from
 
 __all__ = [
     "BASE3",
     "DENSE",
     "TABLES",
     "Binary",
+    "BlockSparse",
     "Element",
     "Int",
     "Layout",
@@ -32,6 +34,7 @@ __all__ = [
     "Scale",
     "ScaleOutOfRange",
     "Scheme",
+    "Sparse24",
     "Ternary",
     "affine_params",
     "check_finite",
@@ -41,12 +44,15 @@ __all__ = [
     "grouped",
     "hadamard",
     "layout_of",
+    "mask_24",
+    "mask_blocks",
     "pack",
     "pack_base3",
     "pack_codes",
     "params_from_range",
     "parse_element",
     "quantize",
+    "sparse_from",
     "unpack",
     "unpack_base3",
     "unpack_codes",
