@@ -68,8 +68,9 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
         zeros = [zero for _, zero in parts if zero is not None]
         return torch.cat([scale for scale, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
     groups = grouped(x, scheme)
-    if not isinstance(scheme.element, Int):
-        return _codebook_scale(groups, scheme, name), None
+    exact = scheme.scale.rule == "mse" and isinstance(scheme.element, Ternary)
+    if exact or scheme.scale.rule == "absmean":
+        return _scale_of_sizes(groups, scheme, name), None
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
         scale, zero = _search_mse(groups, low, high, scheme, name)
@@ -87,8 +88,6 @@ def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "te
     """
     if isinstance(scheme.element, Binary):
         raise ValueError(f"{name}: the scale of a binary element is the mean of its sizes, and follows from no range")
-    if not isinstance(scheme.element, Int):
-        return _stored(codebook.range_scale(low, high), scheme, name), None
     scale, stored, zero = _params(low, high, scheme)
     _check_storable(_storable(stored), scale, scheme, name)
     if zero is not None and scheme.zero == "real" and not bool(torch.isfinite(zero).all()):
@@ -153,6 +152,9 @@ def grouped(x: Tensor, scheme: Scheme) -> Tensor:
 
 def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scale in float32 and as stored, and zero point, of value ranges; not checked."""
+    if not isinstance(scheme.element, Int):
+        scale = codebook.range_scale(low, high)
+        return scale, scale.to(scheme.scale.torch_dtype), None
     top = scheme.element.levels - 1
     low, high = low.float(), high.float()
     if scheme.zero != "real":
@@ -169,20 +171,15 @@ def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, 
     return scale, stored, zero.to(scheme.scale.torch_dtype)
 
 
-def _codebook_scale(groups: Tensor, scheme: Scheme, name: str) -> Tensor:
-    """Stored scales (rows, G) of groups (rows, G, g) under an element with a table."""
-    element, rule = scheme.element, scheme.scale.rule
+def _scale_of_sizes(groups: Tensor, scheme: Scheme, name: str) -> Tensor:
+    """Stored scales (rows, G) of groups (rows, G, g), by a rule that looks at more than their ranges."""
+    element = scheme.element
     assert not isinstance(element, Int)
-    if rule == "absmean":
-        # A binary scale may be zero only where all numbers are.
-        empty = (groups == 0).all(-1) if isinstance(element, Binary) else None
-        return _stored(codebook.absmean_scale(groups, element), scheme, name, empty)
-    if rule == "mse" and isinstance(element, Ternary):
+    if scheme.scale.rule == "mse":
         return _stored(codebook.ternary_mse_scale(groups), scheme, name)
-    widest = _stored(codebook.range_scale(*_range(groups, scheme)), scheme, name)
-    if rule != "mse":
-        return widest
-    return codebook.search_scale(groups, _shares(), MSE_NORM, element, widest.dtype).to(widest.dtype)
+    # A binary scale may be zero only where all numbers are.
+    empty = (groups == 0).all(-1) if isinstance(element, Binary) else None
+    return _stored(codebook.absmean_scale(groups, element), scheme, name, empty)
 
 
 def _stored(scale: Tensor, scheme: Scheme, name: str, allowed: Tensor | None = None) -> Tensor:
@@ -230,7 +227,8 @@ def _search_mse(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, name:
     if groups.numel() == 0:
         return scale, zero
     flat, low, high = groups.reshape(-1, groups.shape[-1]), low.reshape(-1), high.reshape(-1)
-    shrunk = _shares().to(flat.device)
+    grid = 1 - torch.arange(1, int(MSE_SHRINK * MSE_GRID), dtype=torch.float64) / MSE_GRID
+    shrunk = torch.cat([torch.ones(1, dtype=torch.float64), grid]).float().to(flat.device)
     best = torch.empty(flat.shape[0], dtype=torch.int64, device=flat.device)
     step = max(1, SEARCH // flat.shape[1])
     for begin in range(0, flat.shape[0], step):
@@ -238,12 +236,6 @@ def _search_mse(groups: Tensor, low: Tensor, high: Tensor, scheme: Scheme, name:
         best[part] = _search(flat[part].float().T.contiguous(), shrunk, low[part], high[part], scheme)
     _, s, z = _params(shrunk[best] * low, shrunk[best] * high, scheme)
     return s.view_as(scale), z.view_as(zero) if zero is not None and z is not None else None
-
-
-def _shares() -> Tensor:
-    """What is tried of the widest range, the whole first."""
-    grid = 1 - torch.arange(1, int(MSE_SHRINK * MSE_GRID), dtype=torch.float64) / MSE_GRID
-    return torch.cat([torch.ones(1, dtype=torch.float64), grid]).float()
 
 
 def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
@@ -261,7 +253,11 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     usable = _storable(stored)
     if zero is not None and scheme.zero == "real":
         usable &= torch.isfinite(zero)
-    grids = _Grids(scheme, stored.float(), None if zero is None else zero.float())
+    grids = (
+        _Grids(scheme, stored.float(), None if zero is None else zero.float())
+        if isinstance(scheme.element, Int)
+        else _Tables(scheme.element, stored.float())
+    )
     bound = torch.empty_like(stored, dtype=torch.float32)
     for i in range(len(shrunk)):
         e = grids.errors(x, i).abs_()
@@ -305,6 +301,18 @@ class _Grids:
         else:
             torch.clamp(q.round_(), self.lowest[pick], self.highest[pick], out=q)
         return q.mul_(scale).sub_(x)
+
+
+class _Tables:
+    """As `_Grids`, for an element with a table; errors without their sign."""
+
+    def __init__(self, element: codebook.Coded, scale: Tensor) -> None:
+        self.element, self.scale = element, scale
+
+    def errors(self, x: Tensor, pick: int | tuple[Tensor, Tensor]) -> Tensor:
+        """|x^ - x| of columns x (g, m) under the picked scales (m,)."""
+        scale = self.scale[pick]
+        return codebook.distance(torch.div(x, scale), self.element).mul_(scale)
 
 
 def _expanded(

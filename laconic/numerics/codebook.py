@@ -12,7 +12,7 @@ By element:
 Scales of a group x (g,) that is not all zero:
 - `minmax`: s = max |x|; `percentile`: the same of its two quantiles.
 - `absmean`: s = mean |x|, summed in float64.
-- `mse` of levels: of 80 shares p of max |x|, from 1 down to 0.21, the one of least sum |x^ - x|^2.4, as for integers.
+- `mse` of levels: of shares of max |x| the one of least sum |x^ - x|^2.4, by the search that integers have.
 - `mse` of ternary numbers: the least sum of squares, exactly. With the n largest |x| kept, the best scale is their
   mean m_n, and lowers the error by n m_n^2; so n is the argmax of this, and s = m_n.
 An all-zero group has s = 1 and the code of 0, but where there is none (binary) s = 0: it comes back as zeros.
@@ -26,9 +26,6 @@ import torch
 from torch import Tensor
 
 from .elements import Binary, Coded, Ternary
-
-# Elements of groups searched together: float32 temporaries of this size stay in a core's cache.
-SEARCH = 1 << 17
 
 
 def range_scale(low: Tensor, high: Tensor) -> Tensor:
@@ -60,31 +57,13 @@ def ternary_mse_scale(groups: Tensor) -> Tensor:
     return torch.where((groups == 0).all(-1), torch.ones_like(scale), scale)
 
 
-def search_scale(groups: Tensor, shares: Tensor, norm: float, element: Coded, dtype: torch.dtype) -> Tensor:
-    """Of the `shares` of max |x| the one of least sum |x^ - x|^norm, times max |x|: float32 (...) of groups (..., g).
-
-    Errors are those under scales as `dtype` stores them; the first share wins ties, and one whose scale cannot be stored
-    is passed over.
-    """
-    if groups.numel() == 0:
-        return torch.ones(groups.shape[:-1], device=groups.device)
-    flat = groups.reshape(-1, groups.shape[-1])
-    scale = torch.empty(flat.shape[0], device=flat.device)
-    step = max(1, SEARCH // flat.shape[1])
-    for begin in range(0, flat.shape[0], step):
-        x = flat[begin : begin + step].float()
-        widest = range_scale(x.amin(-1), x.amax(-1))
-        least = torch.full_like(widest, torch.inf)
-        best = widest
-        for share in shares.tolist():
-            tried = share * widest
-            stored = tried.to(dtype).float()[:, None]
-            error = (values_of(codes_of(x, stored, element), stored, element) - x).abs_().pow_(norm).sum(-1)
-            better = (error < least) & (stored[:, 0] != 0) & torch.isfinite(stored[:, 0])
-            least = torch.where(better, error, least)
-            best = torch.where(better, tried, best)
-        scale[begin : begin + step] = best
-    return scale.view(groups.shape[:-1])
+def distance(v: Tensor, element: Coded) -> Tensor:
+    """min_q |T[q] - v| of v (any shape), float32: sixteen passes over what lies in a cache, faster than a search."""
+    least = torch.full_like(v, torch.inf)
+    off = torch.empty_like(v)
+    for level in sorted(set(element.table)):
+        torch.minimum(least, torch.sub(v, level, out=off).abs_(), out=least)
+    return least
 
 
 def codes_of(x: Tensor, scale: Tensor, element: Coded) -> Tensor:
