@@ -28,6 +28,13 @@ SCHEMES = [
     "v1/int3/channel/float32/minmax/znone/nearest",
     "v1/int2/group16/bfloat16/minmax/zreal/nearest",
     "v1/int2/group64/float16/minmax/zint/nearest",
+    "v1/levelsnf4/group64/float16/minmax/znone/nearest",
+    "v1/levelsfp4/channel/float32/minmax/znone/nearest",
+    "v1/ternary/channel/float16/absmean/znone/nearest",
+    "v1/ternary/group40/float32/absmean/znone/nearest",
+    "v1/ternary/group16/float32/absmean/znone/nearest",
+    "v1/binary/channel/float32/absmean/znone/nearest",
+    "v1/binary/group32/float16/absmean/znone/nearest",
 ]
 SHAPES = [(6, 37), (1, 64), (33, 300), (17, 1030), (70, 96), (5, 8), (3, 1), (0, 16)]
 ISAS = range(native.load().best_isa() + 1) if native.load() is not None else ()
@@ -121,7 +128,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 class TestInputsOf8Bits:
     @pytest.mark.parametrize("isa", ISAS)
-    @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "group5" not in s])
+    @pytest.mark.parametrize(
+        "scheme", [s for s in SCHEMES if not any(word in s for word in ("group5", "levels", "binary"))]
+    )
     def test_equals_the_product_of_rounded_inputs(self, scheme: str, isa: int) -> None:
         for rows, k in SHAPES:
             parsed, operands, weight = packed(rows, k, scheme)

@@ -23,7 +23,7 @@ from laconic.nn import (
     unpack_parameter,
 )
 from laconic.nn.packed import Packed, op_of
-from laconic.numerics import Int, Scale, Scheme, affine_params, quantize
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, quantize
 
 INT8 = Scheme(Int(8), Scale("group", group=16, dtype="float16"), zero="int")
 SCHEMES = [
@@ -32,6 +32,9 @@ SCHEMES = [
     Scheme(Int(5), Scale("tensor", dtype="float16"), zero="real"),
     Scheme(Int(4), Scale("group", group=16, dtype="bfloat16"), zero="int"),
     Scheme(Int(3), Scale("channel", dtype="float16"), zero="real"),
+    Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+    Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+    Scheme(Binary(), Scale("group", group=16, dtype="bfloat16", rule="absmean")),
 ]
 
 
@@ -82,7 +85,7 @@ def test_linear(scheme, bias):
     for shape in ((21,), (4, 21), (2, 3, 21), (0, 21)):
         assert torch.equal(packed(noise(*shape)), floats(noise(*shape)))
     assert torch.equal(packed.weight, floats.weight)
-    assert "v1/int" in repr(packed) and "in_features=21" in repr(packed)
+    assert str(scheme) in repr(packed) and "in_features=21" in repr(packed)
 
 
 def test_linear_refuses_another_width():

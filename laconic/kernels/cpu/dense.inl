@@ -13,8 +13,8 @@ inline void float_row(const Matrix& w, std::int64_t n, std::int64_t begin, std::
     for (std::int64_t i = 0; i < depth; ++i) out[i] = from[i];
     return;
   }
-  unpack_row(w.words + n * w.words_per_row + begin / 32 * w.bits, w.bits, depth, codes, isa);
-  const float middle = static_cast<float>(1 << (w.bits - 1));
+  unpack_codes(w, n, begin, depth, codes, isa);
+  const float middle = w.middle;
   for (std::int64_t i = 0; i < depth;) {
     const std::int64_t g = (begin + i) / w.group, end = (g + 1) * w.group - begin, stop = end < depth ? end : depth;
     const float scale = scales[g], zero = middle + (w.zero_kind == Zero::none ? 0.0f : zeros[g]);

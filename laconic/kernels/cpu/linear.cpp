@@ -17,7 +17,7 @@ Sizes sizes(const Linear& job, Isa isa) {
   const Matrix& w = job.w;
   const std::int64_t lanes = table(isa).lanes, padded = w.groups + lanes;
   if (!reads_lanes(w)) return {0, 0, 0, w.k + w.k / 4 + 1 + 2 * padded + 2 * lanes};
-  const std::int64_t chunk = codes_per_lane(w.bits) * lanes, chunks = (w.k + chunk - 1) / chunk;
+  const std::int64_t chunk = codes_per_lane(w) * lanes, chunks = (w.k + chunk - 1) / chunk;
   return {job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
@@ -88,7 +88,7 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
     });
     return;
   }
-  const std::int64_t lanes = kernels.lanes, chunk = codes_per_lane(job.w.bits) * lanes;
+  const std::int64_t lanes = kernels.lanes, chunk = codes_per_lane(job.w) * lanes;
   Planes planes{
       .x = scratch,
       .sums = scratch + s.x,
