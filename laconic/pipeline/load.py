@@ -149,7 +149,7 @@ def _own_model(manifest: Manifest) -> nn.Module:
     ):
         raise BadInput(
             f"{manifest.folder} holds a {name}, which laconic cannot build by itself: build the float model "
-            "as ever and pass it as laconic.load(folder, into=model)"
+            "as ever and pass it as laconic.load(folder, into=model), or name it to laconic run by --into"
         )
     try:
         return found()
