@@ -101,6 +101,14 @@ def test_half_a_character_is_held_back():
     assert "".join(pieces) == clock.text
 
 
+def test_a_reader_that_hangs_up_is_not_the_model_s_fault(llama):
+    def hang_up(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        generate(llama, PROMPT, on_text=hang_up)
+
+
 def test_speeds_are_of_prefill_and_decoding(llama):
     found = generate(llama, PROMPT, max_new_tokens=10)
     assert found.prefill_rate == found.prompt_tokens / found.prefill_seconds > 0

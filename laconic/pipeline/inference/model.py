@@ -186,7 +186,7 @@ def answering(opened: Opened, what: str) -> Iterator[None]:
     try:
         with torch.inference_mode():
             yield
-    except (LaconicError, MemoryError):
+    except (LaconicError, MemoryError, OSError):  # the last is no model's: whoever reads our text hung up
         raise
     except Exception as error:  # the forward of a model may raise anything
         where = innermost_module(opened.model, error)
