@@ -40,7 +40,8 @@ class Ready:
         call: does the work `turns` times, and returns what `answer` understands.
         stored: bytes of the weights that one turn has to read; None where nobody knows.
         turns: how often one call does the work.
-        answer: makes the tensor that is compared with the problem's `expected` out of what `call` returned.
+        answer: makes the tensor that is compared with the problem's `expected` out of what `call` returned; None where there
+            is nothing to compare.
         peak: the peak of the machine that its arithmetic is held against, "float32" or "int8".
         note: how exactly it is done.
         close: gives back what the garbage collector would not.
@@ -49,7 +50,7 @@ class Ready:
     call: Callable[[], Any]
     stored: float | None = None
     turns: int = 1
-    answer: Callable[[Any], Tensor] = lambda found: found
+    answer: Callable[[Any], Tensor] | None = lambda found: found
     peak: str = "float32"
     note: str = ""
     close: Callable[[], None] = lambda: None

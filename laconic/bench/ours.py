@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from laconic.kernels import native
 from laconic.nn import PackedParameterSpec, declare, fill, pack_tensors, packed_specs
 from laconic.numerics import Scheme, affine_params, quantize
+from laconic.pipeline.tensorfile import SINGLE
 
 from .contest import OURS, Absent, Ready, contestant, cycling
-from .problems import Encoder, LanguageModel, Product
+from .problems import Encoder, LanguageModel, Load, Product
 
 __all__ = ["packed", "scheme_of"]
 
@@ -107,20 +107,22 @@ def encoder_int4(problem: Encoder) -> Ready:
 
 
 def _artifact(problem: Encoder, scheme: Scheme) -> Ready:
-    from laconic.pipeline.compress import compress
     from laconic.pipeline.load import load
-    from laconic.pipeline.recipe import Quantize, Recipe
 
-    folder = Path(tempfile.mkdtemp(prefix="laconic-bench-"))
-    try:
-        units = dict.fromkeys(problem.linears, str(scheme)) | dict.fromkeys(problem.others)
-        recipe = Recipe(passes=[Quantize.model_validate({"pass": "quantize", "method": "rtn", "units": units})])
-        compress(problem.folder, out=folder / "artifact", recipe=recipe)
-        model = load(folder / "artifact")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="laconic-bench-") as folder:
+        model = load(problem.compress(scheme, Path(folder) / "artifact"))
     stored = sum(scheme.nbytes(*spec.matrix) for spec in packed_specs(model).values())
     return encoder_ready(problem, model, stored=stored, note=f"{scheme}; transformers' forward; {_kernels()}")
+
+
+@contestant("laconic load", OURS, Load)
+def first_answer(problem: Load) -> Ready:
+    """`laconic.load`, then one forward."""
+    from laconic.pipeline.load import load
+
+    size = (problem.artifact / SINGLE).stat().st_size
+    call = _inferring(lambda: load(problem.artifact)(**problem.inputs).last_hidden_state)
+    return Ready(call, stored=size, answer=problem.pool, note=problem.scheme)
 
 
 def encoder_ready(problem: Encoder, model: Any, **given: Any) -> Ready:

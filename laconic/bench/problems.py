@@ -5,6 +5,8 @@ Numbers are made when they are first asked for, so that a problem can be looked 
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laconic.numerics import Scheme
+
 from .contest import Absent
 from .machine import cache_bytes
 
-__all__ = ["BITS", "Encoder", "LanguageModel", "Problem", "Product", "agreement"]
+__all__ = ["BITS", "Encoder", "LanguageModel", "Load", "Problem", "Product", "agreement"]
 
 # Bits of a weight without its share of a scale, as information: what "ternary" means is -1, 0 or 1 times a scale.
 BITS = {"int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0, "ternary": 1.6, "binary": 1.0}
@@ -90,9 +94,10 @@ class Problem:
 
     def release(self) -> None:
         """Forget the numbers."""
-        for name, value in vars(type(self)).items():
-            if isinstance(value, cached_property):
-                vars(self).pop(name, None)
+        for kind in type(self).__mro__:
+            for name, value in vars(kind).items():
+                if isinstance(value, cached_property):
+                    vars(self).pop(name, None)
 
 
 @dataclass
@@ -223,6 +228,16 @@ class Encoder(Problem):
         """Paths of all other parameters."""
         return tuple(name for name, _ in self.model().named_parameters() if name not in self.linears)
 
+    def compress(self, scheme: Scheme, out: Path) -> Path:
+        """Write the artifact whose linear layers are rounded to nearest, and everything else left as it is."""
+        from laconic.pipeline.compress import compress
+        from laconic.pipeline.recipe import Quantize, Recipe
+
+        units = dict.fromkeys(self.linears, str(scheme)) | dict.fromkeys(self.others)
+        quantize = Quantize.model_validate({"pass": "quantize", "method": "rtn", "units": units})
+        compress(self.folder, out=out, recipe=Recipe(passes=[quantize]))
+        return out
+
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """`layers`, `width`, and `linear`: parameters of the linear layers."""
@@ -240,6 +255,23 @@ class Encoder(Problem):
         tokens = self.batch * self.tokens
         scores = 4.0 * tokens * self.tokens * self.sizes["width"] * self.sizes["layers"]
         return 2.0 * tokens * self.sizes["linear"] + scores
+
+
+@dataclass
+class Load(Encoder):
+    """From an artifact on disk (in the system's cache of files) to its first embedding."""
+
+    scheme: str = "v1/int8/channel/float16/minmax/znone/nearest"
+
+    @cached_property
+    def artifact(self) -> Path:
+        """The folder, made when it is first asked for."""
+        return self.compress(Scheme.parse(self.scheme), Path(tempfile.mkdtemp(prefix="laconic-bench-")) / "artifact")
+
+    def release(self) -> None:
+        if "artifact" in vars(self):
+            shutil.rmtree(self.artifact.parent, ignore_errors=True)
+        super().release()
 
 
 @dataclass

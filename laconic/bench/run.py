@@ -84,6 +84,7 @@ def _work(
     except Absent as why:
         return {**record, "absent": str(why), "contestants": [], "missing": [], "aims": []}
     with ExitStack() as stack:
+        stack.callback(problem.release)
         entered, missing = _enter(problem, peers, stack, work.name, progress)
         timed = {name: one.timed for name, one in entered.items()}
         timed |= {_probe_name(name): probe for name, (probe, _) in probes.items()}
@@ -91,9 +92,8 @@ def _work(
         times = alternate(timed, rounds, seed, tick=lambda done: progress(stage, done, rounds))
         record |= _summary(work, problem, entered, times, probes, seed)
     record["missing"] = missing
-    problem.release()
     entered.clear()
-    gc.collect()
+    gc.collect()  # models have cycles, and the next work needs the memory
     return record
 
 
@@ -124,7 +124,9 @@ def _enter(
                 with quietly():
                     ready = one.prepare(problem)
                     stack.callback(ready.close)
-                    entered[one.name] = _Entered(one, ready, agreement(ready.answer(ready.call()), problem.expected))
+                    said = ready.answer(ready.call()) if ready.answer is not None else None
+                    found = agreement(said, problem.expected) if said is not None else {}
+                entered[one.name] = _Entered(one, ready, found)
                 continue
             except Absent as why:
                 reason = str(why)
@@ -171,7 +173,7 @@ def _summary(
         "traffic": problem.traffic,
         "contestants": rows,
         "machine": measured,
-        "aims": [_judged(aim, rows) for aim in work.aims],
+        "aims": [_judged(aim, _champion(work.aims, rows), rows) for aim in work.aims],
     }
 
 
@@ -182,13 +184,20 @@ def _share(amount: float, own: Sequence[float], can: float, times: Sequence[floa
     return Ratio(found.value * scale, found.low * scale, found.high * scale)
 
 
-def _judged(aim: Aim, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An aim, and what the fastest of ours reached; null where that cannot be said."""
-    ours = next((row for row in rows if row["peer"] == OURS), None)
-    rivals = [row for row in rows if row["name"].startswith(aim.rivals)] if aim.rivals else []
+def _champion(aims: Sequence[Aim], rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The fastest of ours, of those that are near enough to float where an aim says how near; rows are the fastest first."""
+    least = max((aim.least for aim in aims if aim.what == "cosine"), default=-1.0)
+    ours = [row for row in rows if row["peer"] == OURS]
+    near = [row for row in ours if row.get("cosine", 1.0) >= least]
+    return next(iter(near or ours), None)
+
+
+def _judged(aim: Aim, ours: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """An aim, and what ours reached; null where that cannot be said."""
+    rivals = [row["name"] for row in rows if row["name"].startswith(aim.rivals)] if aim.rivals else []
     found = None
     if ours is not None and aim.what == "times" and rivals:
-        found = ours["times_as_fast_as"][rivals[0]["name"]]
+        found = ours["times_as_fast_as"][rivals[0]]
     elif ours is not None and aim.what == machine.READ:
         found = ours.get("share_of_read")
     elif ours is not None and aim.what == machine.INT8:
@@ -196,5 +205,5 @@ def _judged(aim: Aim, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     elif ours is not None and aim.what == "cosine":
         found = [ours["cosine"]] * 3
     met = None if found is None else found[0] >= aim.least
-    by, against = ours and ours["name"], rivals[0]["name"] if rivals else None
+    by, against = ours["name"] if ours is not None else None, rivals[0] if rivals else None
     return {"aim": aim.text, "least": aim.least, "found": found, "met": met, "by": by, "against": against}

@@ -61,8 +61,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{read[0]:.0%}" if read else text.MISSING,
         text.amount(row["operations_per_second"] / 1e9),
         f"{row['share_of_peak'][0]:.0%}",
-        f"{row['cosine']:.5f}",
-        f"{row['max_error']:.2%}",
+        f"{row['cosine']:.5f}" if "cosine" in row else text.MISSING,
+        f"{row['max_error']:.2%}" if "cosine" in row else text.MISSING,
     ]
 
 
@@ -72,8 +72,8 @@ def _aim(aim: Mapping[str, Any]) -> Text:
     low, high = aim["found"][1:]
     spread = f" ({low:.3g} to {high:.3g})" if low != high else ""
     word, style = ("met", "green") if aim["met"] else ("missed", "red")
-    against = f", against {aim['against']}" if aim["against"] else ""
-    return Text(f"aim: {aim['aim']}: {aim['found'][0]:.3g}{spread}{against}: {word}", style=style)
+    against = f" against {aim['against']}" if aim["against"] else ""
+    return Text(f"aim: {aim['aim']}: {aim['by']} has {aim['found'][0]:.3g}{spread}{against}: {word}", style=style)
 
 
 def _missing(missing: Sequence[Mapping[str, str]]) -> list[Text]:

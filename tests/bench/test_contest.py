@@ -7,7 +7,7 @@ import torch
 
 from laconic.bench import contest, machine
 from laconic.bench.contest import OURS, PEERS, Ready, contestant, contestants, cycling
-from laconic.bench.problems import Encoder, LanguageModel, Problem, Product, agreement
+from laconic.bench.problems import Encoder, LanguageModel, Load, Problem, Product, agreement
 from laconic.bench.work import find, works
 from laconic.errors import BadInput
 
@@ -41,7 +41,7 @@ def test_a_contestant_registers_once_for_a_problem(registry):
 
 def test_every_peer_takes_part_somewhere_and_ours_in_every_kind():
     kinds = {type(work.problem()): work.problem() for work in works()}
-    assert set(kinds) == {Product, Encoder, LanguageModel}
+    assert set(kinds) == {Product, Encoder, LanguageModel, Load}
     everyone = [one for problem in kinds.values() for one in contestants(problem)]
     assert {one.peer for one in everyone} == {OURS, *PEERS}
     for problem in kinds.values():
@@ -62,7 +62,7 @@ def test_works_are_found_by_name_and_by_group():
     assert {work.name.partition("-")[0] for work in find(["gemv", "llama-decode"])} == {"gemv", "llama"}
     assert names(find(["gemv", "gemv-4096x4096-int8"])) == names(find(["gemv"]))
     assert names(find([])) == names(works())
-    with pytest.raises(BadInput, match="no work is called 'gemw'; the groups are gemv, batch, gemm, minilm, llama"):
+    with pytest.raises(BadInput, match="no work is called 'gemw'; the groups are gemv, batch, gemm, minilm, load, llama"):
         find(["gemw"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import xml.etree.ElementTree as ElementTree
 from functools import partial
 
@@ -64,6 +65,10 @@ def doubles(monkeypatch, small):
     def ours(problem):
         return Ready(lambda: x * 2, stored=4.0, peak="int8", note="by hand")
 
+    @contestant("mute", "openvino", Double)
+    def mute(problem):
+        return Ready(lambda: None, answer=None)
+
     @contestant("wrong", "openvino", Double)
     def wrong(problem):
         return Ready(lambda: x.flip(1))
@@ -99,19 +104,20 @@ def test_the_record_of_a_run(doubles):
     told = []
     record = run(rounds=3, works=works, command="laconic bench", progress=lambda *step: told.append(step))
     first, second = record["works"]
-    assert {row["name"] for row in first["contestants"]} == {"torch float32", "ours", "wrong"}
+    assert {row["name"] for row in first["contestants"]} == {"torch float32", "ours", "wrong", "mute"}
     rows = {row["name"]: row for row in first["contestants"]}
     assert all(len(row["rounds"]) == 3 and row["seconds"] > 0 for row in rows.values())
     assert [row["seconds"] for row in first["contestants"]] == sorted(row["seconds"] for row in rows.values())
     assert rows["torch float32"]["speedup"] == [1.0, 1.0, 1.0]
     assert rows["ours"]["speedup"][0] == pytest.approx(rows["torch float32"]["seconds"] / rows["ours"]["seconds"])
-    assert rows["ours"]["times_as_fast_as"].keys() == {"torch float32", "wrong"}
+    assert rows["ours"]["times_as_fast_as"].keys() == {"torch float32", "wrong", "mute"}
     assert rows["ours"]["bytes"] == 36 and "bytes" not in rows["wrong"]
     can = first["machine"]["read"]["per_second"]
     assert rows["ours"]["share_of_read"][0] == pytest.approx(36 / rows["ours"]["seconds"] / can)
     peak = first["machine"]["int8"]["per_second"]
     assert rows["ours"]["share_of_peak"][0] == pytest.approx(4 / rows["ours"]["seconds"] / peak)
     assert rows["ours"]["cosine"] == pytest.approx(1) and rows["wrong"]["cosine"] < 0.9  # fast and wrong shows
+    assert "cosine" not in rows["mute"]
     reasons = {one["name"]: one["reason"] for one in first["missing"]}
     assert reasons["broken"] == "failed with RuntimeError: no such kernel"
     assert reasons["shy"] == "takes odd rows alone"
@@ -123,6 +129,25 @@ def test_the_record_of_a_run(doubles):
     assert json.loads(json.dumps(record)) == record
 
 
+def test_what_is_fast_and_far_off_meets_no_aim(doubles, monkeypatch):
+    """An aim for the cosine decides who of ours is judged: the fastest that is near enough, else the fastest."""
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+
+    @contestant("hasty", OURS, Double)
+    def hasty(problem):
+        return Ready(lambda: x.flip(1))
+
+    @contestant("slow", OURS, Double)
+    def slow(problem):
+        return Ready(lambda: (time.sleep(0.02), x * 2)[1])
+
+    monkeypatch.setattr(contest, "_registered", [one for one in contest._registered if one.name != "ours"])
+    times = Aim("times", 1e-9, ("torch float32",))
+    for aims, by in (((times, Aim("cosine", 0.99)), "slow"), ((times,), "hasty"), ((Aim("cosine", 2.0),), "hasty")):
+        (found,) = run(rounds=1, works=[Work("double", "", Double, aims)])["works"]
+        assert [aim["by"] for aim in found["aims"]] == [by] * len(aims)
+
+
 def test_threads_are_set_and_given_back(doubles):
     before = torch.get_num_threads()
     record = run(rounds=1, works=doubles[0], threads=before + 1)
@@ -131,7 +156,7 @@ def test_threads_are_set_and_given_back(doubles):
 
 def test_peers_are_chosen(doubles):
     record = run(rounds=1, works=doubles[0][:1], peers=["openvino"])
-    assert {row["name"] for row in record["works"][0]["contestants"]} == {"ours", "wrong"}
+    assert {row["name"] for row in record["works"][0]["contestants"]} == {"ours", "wrong", "mute"}
     assert all("speedup" not in row for row in record["works"][0]["contestants"])  # nothing to compare with
     with pytest.raises(BadInput, match="no peer is called 'tensorflow'"):
         run(peers=["tensorflow"])
@@ -208,13 +233,14 @@ def test_a_turn_does_not_depend_on_the_one_before():
 
 @pytest.mark.fetched
 @pytest.mark.slow
-def test_every_contestant_embeds_rightly():
-    (work,) = find(["minilm-1x32"])
+@pytest.mark.parametrize("name", ["minilm-1x32", "load-minilm"])
+def test_every_contestant_embeds_rightly(name):
+    (work,) = find([name])
     (found,) = run(rounds=1, works=[work])["works"]
     if "absent" in found:
         pytest.skip(found["absent"])
     assert not [one for one in found["missing"] if one["reason"].startswith("failed")]
-    assert all(row["cosine"] > 0.9 for row in found["contestants"])
+    assert all(row.get("cosine", 1) > 0.9 for row in found["contestants"])
 
 
 def test_the_list_names_who_is_here(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,10 +64,11 @@ def ternary(problem: LanguageModel) -> Ready:
 def _model(problem: LanguageModel, kind: str) -> Ready:
     import llama_cpp
 
-    folder = Path(tempfile.mkdtemp(prefix="laconic-bench-"))
-    stored = write_gguf(problem, folder / "model.gguf", kind)
+    folder = tempfile.TemporaryDirectory(prefix="laconic-bench-")
+    path = Path(folder.name) / "model.gguf"
+    stored = write_gguf(problem, path, kind)
     llama = llama_cpp.Llama(
-        str(folder / "model.gguf"), n_ctx=512, n_batch=512, n_threads=problem.threads, n_threads_batch=problem.threads,
+        str(path), n_ctx=512, n_batch=512, n_threads=problem.threads, n_threads_batch=problem.threads,
         verbose=False, logits_all=False,
     )  # fmt: skip
     ids = problem.ids[0].tolist()
@@ -86,7 +86,7 @@ def _model(problem: LanguageModel, kind: str) -> Ready:
 
     def close() -> None:
         llama.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.cleanup()
 
     return Ready(turn, stored, answer=logits, peak=INT8, note=f"all of it in {kind}", close=close)
 

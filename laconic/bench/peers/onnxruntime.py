@@ -125,13 +125,22 @@ def encoder(problem: Encoder) -> Ready:
 
 @contestant("onnxruntime int8 dynamic", "onnxruntime", Encoder, needs=(*NEEDS, "onnxscript"))
 def encoder_int8(problem: Encoder) -> Ready:
-    """The exported graph through `quantize_dynamic`, weights by channel."""
+    """The exported graph through `quantize_dynamic` with its defaults: a scale for each matrix."""
+    return _dynamic_encoder(problem, per_channel=False)
+
+
+@contestant("onnxruntime int8 dynamic by channel", "onnxruntime", Encoder, needs=(*NEEDS, "onnxscript"))
+def encoder_int8_channels(problem: Encoder) -> Ready:
+    """The same with a scale for each channel."""
+    return _dynamic_encoder(problem, per_channel=True)
+
+
+def _dynamic_encoder(problem: Encoder, per_channel: bool) -> Ready:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
-        path = export(problem, Path(folder))
-        small = Path(folder) / "int8.onnx"
-        quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=True)
+        path, small = export(problem, Path(folder)), Path(folder) / "int8.onnx"
+        quantize_dynamic(path, small, weight_type=QuantType.QInt8, per_channel=per_channel)
         return _encoder(problem, small, problem.sizes["linear"], INT8)
 
 

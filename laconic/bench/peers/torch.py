@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from laconic.bench.contest import Ready, contestant, cycling
 from laconic.bench.machine import INT8
 from laconic.bench.ours import encoder_ready
-from laconic.bench.problems import Encoder, LanguageModel, Product
+from laconic.bench.problems import Encoder, LanguageModel, Load, Product
+from laconic.pipeline.tensorfile import SINGLE
 
 __all__: list[str] = []
 
@@ -128,6 +129,26 @@ def encoder_qint8(problem: Encoder) -> Ready:
     # it is deprecated, and still what many use
     model = torch.ao.quantization.quantize_dynamic(problem.model(), {nn.Linear}, dtype=torch.qint8)
     return encoder_ready(problem, model, stored=problem.sizes["linear"], peak=INT8)
+
+
+@contestant("reading the file", "torch", Load)
+def reading(problem: Load) -> Ready:
+    """The weights' file read once into memory: what loading cannot be faster than. It answers nothing."""
+    path = problem.artifact / SINGLE
+    return Ready(path.read_bytes, stored=path.stat().st_size, answer=None)
+
+
+@contestant("torch float32", "torch", Load)
+def first_answer(problem: Load) -> Ready:
+    """transformers' `from_pretrained` of the float weights, then one forward."""
+    path = problem.folder / "model.safetensors"
+    size = path.stat().st_size if path.is_file() else None
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return problem.model()(**problem.inputs).last_hidden_state
+
+    return Ready(call, stored=size, answer=problem.pool)
 
 
 @contestant("torch float32", "torch", LanguageModel)
