@@ -17,7 +17,7 @@ import numpy as np
 __all__ = ["TYPES", "Products", "quantized", "row_bytes"]
 
 # Numbers of ggml's types, which files hold.
-TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "TQ2_0": 35}
+TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "TQ2_0": 35, "Q1_0": 41}
 OVERHEAD = 1 << 20  # bytes for the descriptions of tensors and of the graph
 
 

@@ -48,7 +48,8 @@ def _inferring(call: Any) -> Any:
 def nf4(problem: Product) -> Ready:
     """`Linear4bit`, NF4 in blocks of 64, bfloat16 inputs."""
     nbytes = problem.weight.numel() * (0.5 + 4 / BLOCK)
-    layers = [_nf4(problem.weight) for _ in range(problem.turns(nbytes))]
+    first = _nf4(problem.weight)
+    layers = [first, *(copy.deepcopy(first) for _ in range(problem.turns(nbytes) - 1))]
     x = problem.x.bfloat16()
     call = _inferring(cycling(layers, lambda layer: layer(x)))
     return Ready(call, nbytes, note=f"blocks of {BLOCK}, bfloat16 inputs")
@@ -59,11 +60,10 @@ def int8(problem: Product) -> Ready:
     """`Linear8bitLt`: int8 by int8, inputs by row."""
     import bitsandbytes
 
-    layers = []
-    for _ in range(problem.turns(problem.weight.numel())):
-        layer = bitsandbytes.nn.Linear8bitLt(problem.inputs, problem.outputs, bias=False, has_fp16_weights=False)
-        layer.load_state_dict({"weight": problem.weight})
-        layers.append(layer.to("cpu").eval())
+    first = bitsandbytes.nn.Linear8bitLt(problem.inputs, problem.outputs, bias=False, has_fp16_weights=False)
+    first.load_state_dict({"weight": problem.weight})
+    first = first.to("cpu").eval()
+    layers = [first, *(copy.deepcopy(first) for _ in range(problem.turns(problem.weight.numel()) - 1))]
     x = problem.x.bfloat16()
     call = _inferring(cycling(layers, lambda layer: layer(x)))
     return Ready(call, problem.weight.numel(), peak=INT8, note="inputs by row")

@@ -20,17 +20,17 @@ from . import _ggml
 __all__: list[str] = []
 
 NEEDS = ("llama_cpp",)
-# What it stores weights as that we store as...
-KINDS = {"int8": "Q8_0", "int4": "Q4_0", "int3": "Q3_K", "int2": "Q2_K", "ternary": "TQ2_0", "binary": "TQ2_0"}
+# The types in which it stores what we store as...
+KINDS = {
+    "int8": ("Q8_0",), "int4": ("Q4_0",), "int3": ("Q3_K",), "int2": ("Q2_K",), "ternary": ("TQ2_0",),
+    "binary": ("TQ2_0", "Q1_0"),
+}  # fmt: skip
 
 
 def _kind(kind: str) -> Callable[[Any], str | None]:
     def when(problem: Product | LanguageModel) -> str | None:
-        return (
-            None
-            if KINDS[problem.weights] == kind
-            else f"{problem.weights} weights are stored as {KINDS[problem.weights]}"
-        )
+        kinds = KINDS[problem.weights]
+        return None if kind in kinds else f"{problem.weights} weights are stored as {' or '.join(kinds)}"
 
     return when
 
@@ -45,7 +45,7 @@ def _register(kind: str) -> None:
         return Ready(products, packed.nbytes, turns, answer, INT8, f"weights in {products.buffer}", products.close)
 
 
-for _name in dict.fromkeys(KINDS.values()):
+for _name in sorted({name for names in KINDS.values() for name in names}):
     _register(_name)
 
 
