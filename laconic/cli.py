@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from laconic.bench import commands as bench_commands
 from laconic.catalog import commands as catalog_commands
 from laconic.claims import commands as claims_commands
 from laconic.errors import BadInput, LaconicError
@@ -341,6 +342,7 @@ def _progress(silent: bool) -> Iterator[Any]:
 
 catalog_commands.register(app)
 claims_commands.register(app)
+bench_commands.register(app)
 
 
 def main() -> None:
