@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from laconic.kernels import native
+from laconic.kernels.triton import dispatch
 from laconic.numerics import Int, Scheme, dequantize, unpack_codes
 
 ACTIVATIONS = {
@@ -322,3 +323,9 @@ for _name, _reference, _fake, _backward in (
     torch.library.register_fake(f"laconic::{_name}", _fake, lib=_library)
     if _backward is not None:
         torch.library.register_autograd(f"laconic::{_name}", _backward, setup_context=_keep, lib=_library)
+
+# Convolutions run by the dequantize op, which has a kernel on GPUs.
+_ON_GPU = {
+    "linear": _linear, "embedding": _embedding, "conv": _differentiable_conv, "experts": _experts, "dequantize": _dequantize,
+}  # fmt: skip
+dispatch.register(_library, _ON_GPU)
