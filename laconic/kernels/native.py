@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DISABLE", "REQUIRE", "check", "dequantize", "hadamard_", "load", "module", "status", "unpack"]
+__all__ = ["DISABLE", "REQUIRE", "check", "dequantize", "disabled", "hadamard_", "load", "module", "status", "unpack"]
 
 DISABLE = "LACONIC_DISABLE_KERNELS"  # set to 1: never load the extension
 REQUIRE = "LACONIC_REQUIRE_KERNELS"  # set to 1: a build fails without a compiler, tests want the kernels
@@ -38,6 +38,11 @@ _FALSE = ("", "0", "false", "off", "no")
 def load() -> ModuleType | None:
     """The extension module, or None with the reason in `status()`. Looked for once in a process."""
     return _load()[0]
+
+
+def disabled() -> bool:
+    """Whether compiled kernels, of whatever kind, are switched off by the environment."""
+    return os.environ.get(DISABLE, "").lower() not in _FALSE
 
 
 def status() -> dict[str, Any]:
@@ -156,7 +161,7 @@ _FLOATS = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    if os.environ.get(DISABLE, "").lower() not in _FALSE:
+    if disabled():
         return None, f"switched off by {DISABLE}={os.environ[DISABLE]}"
     try:
         _share_openmp()

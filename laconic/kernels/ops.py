@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from laconic.kernels import cpu_linear, native
+from laconic.kernels.triton import dispatch
 from laconic.numerics import Int, Scheme, dequantize, unpack_codes
 
 ACTIVATIONS = {
@@ -373,3 +374,8 @@ for _name, _reference, _fake, _backward in (
         torch.library.register_autograd(f"laconic::{_name}", _backward, setup_context=_keep, lib=_library)
 
 _library.impl("linear", _cpu_linear, "CPU")
+# Convolutions run by the dequantize op, which has a kernel on GPUs.
+_ON_GPU = {
+    "linear": _linear, "embedding": _embedding, "conv": _differentiable_conv, "experts": _experts, "dequantize": _dequantize,
+}  # fmt: skip
+dispatch.register(_library, _ON_GPU)
