@@ -193,6 +193,11 @@ _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
 def module() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        RuntimeError: it is missing; the message says why.
+    """
     module, why = _load()
     if module is None:
         raise RuntimeError(f"{EXTENSION} is missing ({why}); use the reference in laconic.numerics")
@@ -200,6 +205,17 @@ def module() -> ModuleType:
 
 
 def check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int | None) -> None:
+    """Refuse a tensor that a kernel cannot take.
+
+    Args:
+        op, name: for the message.
+        x: must be contiguous, on the CPU.
+        dtypes: one of which it must have.
+        ndim: axes that it must have, or None.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {x.dtype}, must be {' or '.join(map(str, dtypes))}")
     if x.device.type != "cpu":

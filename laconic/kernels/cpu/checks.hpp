@@ -71,5 +71,6 @@ inline Isa isa_of(Int number) {
 // Each file bind_*.cpp adds its functions to the module.
 void bind_linear(nanobind::module_& m);
 void bind_block(nanobind::module_& m);
+void bind_bits(nanobind::module_& m);
 
 }  // namespace laconic::edge

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bits.hpp"
+#include "conv.hpp"
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
@@ -17,6 +19,8 @@
 #include "dense.inl"
 #include "attention.inl"
 #include "block.inl"
+#include "bits.inl"
+#include "conv.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -36,6 +40,19 @@ static const Table kTable{
     .norm_rows = norm_rows,
     .rotate_rows = rotate_rows,
     .multiply = multiply,
+    .mismatch_panels = mismatch_panels,
+    .mismatch_rows = mismatch_rows,
+    .byte_panels = byte_panels,
+    .lay_panel = lay_panel,
+    .add_counts = add_counts,
+    .finish_bits = finish_bits,
+    .sign_row = sign_row,
+    .plane_row = plane_row,
+    .map_signs = map_signs,
+    .map_bytes = map_bytes,
+    .leave_out = leave_out,
+    .sum_bytes = sum_bytes,
+    .finish_conv = finish_conv,
 };
 
 }  // namespace laconic::LACONIC_TARGET

@@ -93,4 +93,5 @@ NB_MODULE(_cpu, m) {
         nb::arg("row_begin"), nb::arg("row_end"), nb::arg("isa") = -1, unlocked());
   bind_linear(m);
   bind_block(m);
+  bind_bits(m);
 }
