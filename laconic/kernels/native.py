@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DISABLE", "REQUIRE", "check", "dequantize", "disabled", "hadamard_", "load", "module", "status", "unpack"]
+__all__ = ["BUILD", "DISABLE", "REQUIRE", "check", "dequantize", "disabled", "hadamard_", "load", "module", "status", "unpack"]
 
 DISABLE = "LACONIC_DISABLE_KERNELS"  # set to 1: never load the extension
 REQUIRE = "LACONIC_REQUIRE_KERNELS"  # set to 1: a build fails without a compiler, tests want the kernels
 EXTENSION = "laconic.kernels._cpu"
+BUILD = "LACONIC_KERNELS"  # path of another build of the extension, such as one with sanitizers
 
 _FALSE = ("", "0", "false", "off", "no")
 
@@ -165,6 +167,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"switched off by {DISABLE}={os.environ[DISABLE]}"
     try:
         _share_openmp()
+        if os.environ.get(BUILD):
+            return _from_file(os.environ[BUILD]), ""
         return importlib.import_module(EXTENSION), ""
     except ModuleNotFoundError as error:
         if error.name != EXTENSION:
@@ -172,6 +176,15 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "not built: the install found no working C++20 compiler (slower, results are the same)"
     except ImportError as error:
         return None, f"built but does not load: {error}"
+
+
+def _from_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(EXTENSION, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{BUILD}={path} is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _share_openmp() -> None:

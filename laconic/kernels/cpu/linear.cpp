@@ -21,7 +21,7 @@ Sizes sizes(const Linear& job, Isa isa) {
   return {job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
-constexpr std::int64_t kBlock = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
+constexpr std::int64_t kInputRows = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
 
 struct Int8Sizes {
   std::int64_t codes, scale, sums, thread;  // in bytes
@@ -44,13 +44,13 @@ Int8Sizes int8_sizes(const Linear& job, Isa isa) {
 namespace {
 
 constexpr std::int64_t kFew = 8;         // rows of x that meet codes as they come
-constexpr std::int64_t kDenseBlock = 96;  // rows of x, whole tiles, that one panel meets before the next
+constexpr std::int64_t kDenseRows = 96;  // rows of x, whole tiles, that one panel meets before the next
 
 void by_panels(const Linear& job, float* scratch, int threads, Isa isa) {
   const Table& kernels = table(isa);
   const std::int64_t own = kernels.dense_scratch(job.w), panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
   // A second block unpacks the panels again: only where there are fewer panels than threads does it pay to have one.
-  const std::int64_t size = panels >= 2 * threads ? job.m : kDenseBlock, blocks = (job.m + size - 1) / size;
+  const std::int64_t size = panels >= 2 * threads ? job.m : kDenseRows, blocks = (job.m + size - 1) / size;
   parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t block = task / panels * size, stop = block + size < job.m ? block + size : job.m;
@@ -125,10 +125,10 @@ void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa)
     kernels.round_inputs(job, in, begin, end, reinterpret_cast<std::int8_t*>(own + thread * s.thread));
   });
   const std::int64_t panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
-  const std::int64_t blocks = (job.m + kBlock - 1) / kBlock;
+  const std::int64_t blocks = (job.m + kInputRows - 1) / kInputRows;
   parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
     for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t block = task / panels * kBlock, stop = block + kBlock < job.m ? block + kBlock : job.m;
+      const std::int64_t block = task / panels * kInputRows, stop = block + kInputRows < job.m ? block + kInputRows : job.m;
       kernels.linear_int8(job, in, task % panels, block, stop, own + thread * s.thread, isa);
     }
   });
