@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,23 +74,20 @@ def weight_only(problem: Product) -> Ready:
 def weight_only_model(problem: LanguageModel) -> Ready:
     """Every linear layer packed, transformers' own forward."""
     scheme = scheme_of(problem.weights, problem.group)
-    model, nbytes = _pack_linears(problem.model, scheme)
+    model = problem.twin()
+    nbytes = _pack_linears(model, scheme)
     return Ready(problem.step(model), stored=nbytes, note=f"{scheme}; transformers' forward; {_kernels()}")
 
 
-def _pack_linears(model: nn.Module, scheme: Scheme) -> tuple[nn.Module, int]:
-    """A model whose linear layers are packed, everything else shared with the one given; and their bytes."""
-    linears = LanguageModel.linears(model)
-    # Parameters stay where they are: only the modules are copied.
-    shared = {id(p): p for p in (*model.parameters(), *model.buffers())}
-    twin, nbytes = copy.deepcopy(model, dict(shared)), 0
-    for path in linears:
-        module: Any = twin.get_submodule(path)
-        spec, stored = packed(module.weight.detach(), scheme)
-        declare(module, "weight", spec, device="meta")
-        fill(module, "weight", stored)
+def _pack_linears(model: nn.Module, scheme: Scheme) -> int:
+    """Pack all linear layers of a model, in place; returns their bytes."""
+    nbytes = 0
+    for linear in LanguageModel.linears(model).values():
+        spec, stored = packed(linear.weight.detach(), scheme)
+        declare(linear, "weight", spec, device="meta")
+        fill(linear, "weight", stored)
         nbytes += scheme.nbytes(*spec.matrix)
-    return twin, nbytes
+    return nbytes
 
 
 @contestant("laconic int8 weights", OURS, Encoder)

@@ -5,6 +5,7 @@ Numbers are made when they are first asked for, so that a problem can be looked 
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -320,6 +321,15 @@ class LanguageModel(Problem):
         for linear in self.linears(model).values():
             linear.weight.copy_(_weights(linear.out_features, linear.in_features, self.weights, generator))
         return model
+
+    def twin(self, dtype: torch.dtype | None = None) -> Any:
+        """The same modules anew; parameters are converted, or without a type shared with `model`."""
+        with torch.no_grad():
+            kept = {
+                id(p): p if dtype is None else nn.Parameter(p.to(dtype), requires_grad=False)
+                for p in self.model.parameters()
+            }
+        return copy.deepcopy(self.model, kept)
 
     @staticmethod
     def linears(model: nn.Module) -> dict[str, nn.Linear]:

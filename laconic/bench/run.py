@@ -93,7 +93,7 @@ def _work(
         record |= _summary(work, problem, entered, times, probes, seed)
     record["missing"] = missing
     entered.clear()
-    gc.collect()  # models have cycles, and the next work needs the memory
+    gc.collect()
     return record
 
 
@@ -127,6 +127,7 @@ def _enter(
                     said = ready.answer(ready.call()) if ready.answer is not None else None
                     found = agreement(said, problem.expected) if said is not None else {}
                 entered[one.name] = _Entered(one, ready, found)
+                gc.collect()  # what it took to set up a model may be larger than the model
                 continue
             except Absent as why:
                 reason = str(why)

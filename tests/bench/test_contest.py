@@ -62,7 +62,9 @@ def test_works_are_found_by_name_and_by_group():
     assert {work.name.partition("-")[0] for work in find(["gemv", "llama-decode"])} == {"gemv", "llama"}
     assert names(find(["gemv", "gemv-4096x4096-int8"])) == names(find(["gemv"]))
     assert names(find([])) == names(works())
-    with pytest.raises(BadInput, match="no work is called 'gemw'; the groups are gemv, batch, gemm, minilm, load, llama"):
+    with pytest.raises(
+        BadInput, match="no work is called 'gemw'; the groups are gemv, batch, gemm, minilm, load, llama"
+    ):
         find(["gemw"])
 
 

@@ -72,7 +72,7 @@ def int8(problem: Product) -> Ready:
 @contestant("bitsandbytes NF4", "bitsandbytes", LanguageModel, needs=NEEDS, when=_stores("int4"))
 def language_model(problem: LanguageModel) -> Ready:
     """`Linear4bit` in place of every linear layer of transformers' model in bfloat16."""
-    model, stored = copy.deepcopy(problem.model).bfloat16(), 0.0
+    model, stored = problem.twin(torch.bfloat16), 0.0
     for path, linear in LanguageModel.linears(model).items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, _nf4(linear.weight.detach()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -160,5 +159,5 @@ def language_model(problem: LanguageModel) -> Ready:
 @contestant("torch bfloat16", "torch", LanguageModel)
 def language_model_bfloat16(problem: LanguageModel) -> Ready:
     """The same in bfloat16."""
-    model = copy.deepcopy(problem.model).bfloat16()
+    model = problem.twin(torch.bfloat16)
     return Ready(problem.step(model), stored=2 * (problem.parameters + problem.head))

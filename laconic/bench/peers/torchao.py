@@ -121,6 +121,6 @@ def encoder_int8_dynamic(problem: Encoder) -> Ready:
 )  # fmt: skip
 def language_model_int4(problem: LanguageModel) -> Ready:
     """`PrototypeInt4WeightOnlyConfig` on transformers' model in bfloat16."""
-    model = _quantize(copy.deepcopy(problem.model).bfloat16(), _int4(problem.group))
+    model = _quantize(problem.twin(torch.bfloat16), _int4(problem.group))
     stored = (problem.parameters + problem.head) * (0.5 + 4 / problem.group)
     return Ready(problem.step(model), stored=stored, note="bfloat16; a prototype of torchao")
