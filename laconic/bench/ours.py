@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from laconic.kernels import native
-from laconic.nn import PackedParameterSpec, declare, fill, pack_tensors, packed_specs
+from laconic.kernels.ops import INT8_TOKENS
+from laconic.nn import PackedParameterSpec, declare, fill, is_packed, pack_tensors, packed_specs
+from laconic.nn.blocks import fuse
 from laconic.numerics import Scheme, affine_params, quantize
 from laconic.pipeline.tensorfile import SINGLE
 
 from .contest import OURS, Absent, Ready, contestant, cycling
+from .machine import INT8
 from .problems import Encoder, LanguageModel, Load, Product
 
 __all__ = ["packed", "scheme_of"]
@@ -79,6 +83,53 @@ def weight_only_model(problem: LanguageModel) -> Ready:
     return Ready(problem.step(model), stored=nbytes, note=f"{scheme}; transformers' forward; {_kernels()}")
 
 
+@contestant("laconic int8 inputs", OURS, Product, when=lambda problem: _rounds(problem) or _has_scheme(problem))
+def int8_inputs(problem: Product) -> Ready:
+    """The same op, each row of the inputs rounded to 8 bits when it runs."""
+    scheme = scheme_of(problem.weights, problem.group)
+    spec, stored = packed(problem.weight, scheme)
+    nbytes = scheme.nbytes(*spec.matrix)
+    copies = [tuple(stored[name].clone() for name in ("packed", "scale")) for _ in range(problem.turns(nbytes))]
+    x, text = problem.x, str(scheme)
+    linear = torch.ops.laconic.linear
+    call = cycling(copies, lambda tensors: linear(x, *tensors, scheme=text, inputs=INT8_TOKENS))
+    return Ready(_inferring(call), stored=nbytes, note=f"{text}; int8 inputs; {_kernels()}", peak=INT8)
+
+
+def _rounds(problem: Product) -> str | None:
+    return None if problem.activations == 8 else "the problem keeps float inputs"
+
+
+@contestant("laconic fused blocks", OURS, LanguageModel, when=_has_scheme)
+def fused_model(problem: LanguageModel) -> Ready:
+    """The packed model with its blocks as compiled code; inputs of linear layers stay float."""
+    scheme = scheme_of(problem.weights, problem.group)
+    model = problem.twin()
+    nbytes = _pack_linears(model, scheme)
+    fuse(model)
+    return Ready(problem.step(model), stored=nbytes, note=f"{scheme}; fused blocks; {_kernels()}")
+
+
+@contestant("laconic fused blocks, int8 inputs", OURS, LanguageModel, when=_has_scheme)
+def fused_int8_model(problem: LanguageModel) -> Ready:
+    """The same, with inputs of linear layers rounded to 8 bits a token."""
+    scheme = scheme_of(problem.weights, problem.group)
+    model = problem.twin()
+    nbytes = _pack_linears(model, scheme)
+    fuse(_round_inputs(model))
+    note = f"{scheme}; fused blocks, int8 inputs; {_kernels()}"
+    return Ready(problem.step(model), stored=nbytes, note=note, peak=INT8)
+
+
+def _round_inputs(model: Any) -> Any:
+    """Let every packed linear layer of a model round its inputs."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_packed(module):
+            rounding = {name: replace(spec, inputs=INT8_TOKENS) for name, spec in module._packed.items()}
+            object.__setattr__(module, "_packed", rounding)
+    return model
+
+
 def _pack_linears(model: nn.Module, scheme: Scheme) -> int:
     """Pack all linear layers of a model, in place; returns their bytes."""
     nbytes = 0
@@ -102,13 +153,21 @@ def encoder_int4(problem: Encoder) -> Ready:
     return _artifact(problem, scheme_of("int4", 32))
 
 
-def _artifact(problem: Encoder, scheme: Scheme) -> Ready:
+def _artifact(problem: Encoder, scheme: Scheme, int8: bool = False) -> Ready:
     from laconic.pipeline.load import load
 
     with tempfile.TemporaryDirectory(prefix="laconic-bench-") as folder:
         model = load(problem.compress(scheme, Path(folder) / "artifact"))
+    fuse(_round_inputs(model) if int8 else model)
     stored = sum(scheme.nbytes(*spec.matrix) for spec in packed_specs(model).values())
-    return encoder_ready(problem, model, stored=stored, note=f"{scheme}; transformers' forward; {_kernels()}")
+    how = "fused blocks, int8 inputs" if int8 else "fused blocks"
+    return encoder_ready(problem, model, stored=stored, note=f"{scheme}; {how}; {_kernels()}")
+
+
+@contestant("laconic int8 weights and inputs", OURS, Encoder)
+def encoder_int8_inputs(problem: Encoder) -> Ready:
+    """8-bit weights, inputs of linear layers rounded to 8 bits a token, blocks as compiled code."""
+    return replace(_artifact(problem, scheme_of("int8", None), int8=True), peak=INT8)
 
 
 @contestant("laconic load", OURS, Load)
