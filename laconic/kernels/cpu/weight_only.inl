@@ -195,10 +195,13 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
   });
 }
 
+// Blocks of several rows pay with wide vectors; with others they would only cost minutes of compiling.
+constexpr bool kSpread = Simd::kLanes >= 8;
+
 template <int Bits, int M, bool Grouped>
 void planes_rows(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t begin,
                  std::int64_t end, float* scratch) {
-  constexpr int kRows = 4;
+  constexpr int kRows = kSpread ? 4 : 1;
   std::int64_t n = begin;
   for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped>(job, in, levels, m0, n, scratch);
   for (; n < end; ++n) planes_block<Bits, M, 1, Grouped>(job, in, levels, m0, n, scratch);
@@ -212,12 +215,11 @@ void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::
     levels[i] = job.w.levels != nullptr ? job.w.levels[code] : static_cast<float>(code) - job.w.middle;
   }
   std::int64_t m = 0;
-  for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
-  if (job.m - m >= 2) {
-    planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
-    m += 2;
+  if constexpr (kSpread) {
+    for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
+    for (; m + 2 <= job.m; m += 2) planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
   }
-  if (m < job.m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
+  for (; m < job.m; ++m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
 }
 
 template <int Bits>
