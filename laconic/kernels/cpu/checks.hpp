@@ -72,5 +72,6 @@ inline Isa isa_of(Int number) {
 void bind_linear(nanobind::module_& m);
 void bind_block(nanobind::module_& m);
 void bind_bits(nanobind::module_& m);
+void bind_cache(nanobind::module_& m);
 
 }  // namespace laconic::edge

@@ -7,6 +7,7 @@
 
 #include "bits.hpp"
 #include "conv.hpp"
+#include "cache.hpp"
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
@@ -21,6 +22,7 @@
 #include "block.inl"
 #include "bits.inl"
 #include "conv.inl"
+#include "cache.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -53,6 +55,9 @@ static const Table kTable{
     .leave_out = leave_out,
     .sum_bytes = sum_bytes,
     .finish_conv = finish_conv,
+    .attend_cache = attend_cache,
+    .join_cache = join_cache,
+    .append_cache = append_cache,
 };
 
 }  // namespace laconic::LACONIC_TARGET

@@ -94,4 +94,5 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_block(m);
   bind_bits(m);
+  bind_cache(m);
 }

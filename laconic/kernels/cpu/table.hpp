@@ -7,6 +7,7 @@
 #include "block.hpp"
 #include "bits.hpp"
 #include "conv.hpp"
+#include "cache.hpp"
 #include "linear.hpp"
 
 namespace laconic {
@@ -25,6 +26,18 @@ struct Rounded {
   float* scale;         // (m)
   std::int32_t* sums;   // (m, groups): of codes over each group of the weights
   std::int64_t k_padded;
+};
+
+/// How attention over a cache is cut into tasks, and how much memory they need; see cache.inl.
+struct CacheSizes {
+  std::int64_t heads, rows;  // of keys and values over the batch; queries of each
+  std::int64_t first_splits, splits;  // ranges of tokens: of the first span, of both
+  std::int64_t key_width, value_width, value_dim;  // widths are padded to whole vectors
+  std::int64_t partial;   // floats that a range of tokens leaves for one query
+  std::int64_t scales;    // floats: the scales of a tile, or of a block by channel
+  std::int64_t partials, thread;  // floats: of all ranges, and each thread's own
+
+  explicit CacheSizes(const CacheAttention& job);
 };
 
 struct Table {
@@ -60,6 +73,9 @@ struct Table {
   void (*leave_out)(std::int32_t* sums, std::int64_t stride, std::int64_t rows, const std::int32_t* counts, const std::int32_t* mask);
   std::int32_t (*sum_bytes)(const std::uint32_t* words, std::int64_t n);
   void (*finish_conv)(const ConvFinish&, const std::int32_t* sums, std::int64_t stride, std::int64_t rows, std::int64_t columns);
+  void (*attend_cache)(const CacheAttention&, const CacheSizes&, std::int64_t task, float* partials, float* scratch);
+  void (*join_cache)(const CacheAttention&, const CacheSizes&, float* partials, std::int64_t begin, std::int64_t end);
+  void (*append_cache)(const CacheAppend&, std::int64_t begin, std::int64_t end, float* scratch);
 };
 
 const Table& portable_table();
