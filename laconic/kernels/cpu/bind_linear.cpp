@@ -77,11 +77,6 @@ Epilogue epilogue_of(Address bias, Int bias_length, Address residual, Int residu
   };
 }
 
-int threads_of(Int threads) {
-  if (threads < 1 || threads > 4096) refuse("threads is " + std::to_string(threads) + ", must be 1 to 4096");
-  return static_cast<int>(threads);
-}
-
 void linear(const Weights& weights, Address x, Int x_length, Int m, Address out, Int out_length, Address bias,
             Int bias_length, Address residual, Int residual_length, Int act, Int threads, Int isa) {
   Linear job{.w = matrix_of(weights), .x = nullptr, .out = nullptr, .m = m, .x_stride = weights.k,

@@ -8,7 +8,6 @@
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define LACONIC_X86 1
-#define LACONIC_AVX2 __attribute__((target("avx2")))
 #else
 #define LACONIC_X86 0
 #endif
@@ -21,9 +20,11 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LACONIC_INLINE inline __attribute__((always_inline))
+#define LACONIC_FLATTEN __attribute__((always_inline))  // behind the arguments of a lambda
 #define LACONIC_RESTRICT __restrict__
 #else
 #define LACONIC_INLINE inline
+#define LACONIC_FLATTEN
 #define LACONIC_RESTRICT
 #endif
 

@@ -8,10 +8,16 @@
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
+#include "norm.hpp"
 #include "table.hpp"
 
 #include "activation.inl"
 #include "weight_only.inl"
+#include "elements.inl"
+#include "unpack.inl"
+#include "dequantize.inl"
+#include "hadamard.inl"
+#include "norm.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -20,6 +26,13 @@ static const Table kTable{
     .lay_planes = lay_planes,
     .linear_planes = linear_planes,
     .linear_rows = linear_rows,
+    .unpack_row = unpack_row,
+    .dequantize_rows = dequantize_rows,
+    .hadamard_rows = hadamard_rows,
+    .norm_rows = norm_rows,
+    .norm_rows_backward = norm_rows_backward,
+    .add_parts = add_parts,
+    .to_floats = to_floats,
 };
 
 }  // namespace laconic::LACONIC_TARGET

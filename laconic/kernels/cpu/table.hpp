@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "linear.hpp"
+#include "norm.hpp"
 
 namespace laconic {
 
@@ -20,6 +21,14 @@ struct Table {
   void (*lay_planes)(const Linear&, const Planes&);
   void (*linear_planes)(const Linear&, const Planes&, std::int64_t begin, std::int64_t end, float* scratch);
   void (*linear_rows)(const Linear&, std::int64_t begin, std::int64_t end, float* scratch, Isa isa);
+  void (*unpack_row)(const std::uint32_t* words, int bits, std::int64_t k, std::uint8_t* codes);
+  void (*dequantize_rows)(const Dequantize&, std::int64_t begin, std::int64_t end);
+  void (*hadamard_rows)(const Hadamard&, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*norm_rows)(const Norm&, const float* weight, const float* bias, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*norm_rows_backward)(const NormBackward&, const float* weight, std::int64_t begin, std::int64_t end, float* dweight,
+                             float* dbias, float* scratch);
+  void (*add_parts)(const float* parts, std::int64_t count, std::int64_t d, float* out, std::int64_t begin, std::int64_t end);
+  void (*to_floats)(const void* base, Dtype dtype, std::int64_t n, float offset, float* out);
 };
 
 const Table& portable_table();

@@ -30,6 +30,7 @@ struct Simd {
   static F min(F a, F b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
   static F fma(F a, F b, F c) { return add(mul(a, b), c); }  // rounded twice: std::fma is a call where there is none
   static F abs(F a) { return each(a, a, [](float x, float) { return std::fabs(x); }); }
+  static F sqrt(F a) { return each(a, a, [](float x, float) { return std::sqrt(x); }); }
   static F copy_sign(F size, F sign) { return each(size, sign, [](float x, float y) { return std::copysign(x, y); }); }
   static F round(F a) { return each(a, a, [](float x, float) { return std::nearbyint(x); }); }
   static float sum(F a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
@@ -82,6 +83,43 @@ struct Simd {
     for (int i = 0; i < kLanes; ++i) r.at[i] = laconic::from_bfloat(p[i]);
     return r;
   }
+  static void to_half(std::uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = laconic::to_half(x.at[i]);
+  }
+  static void to_bfloat(std::uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = laconic::to_bfloat(x.at[i]);
+  }
+  static F from_bytes(const std::uint8_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(p[i]);
+    return r;
+  }
+  static F from_signed_bytes(const std::int8_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(p[i]);
+    return r;
+  }
+  static void to_signed_bytes(std::int8_t* p, I x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(x.at[i]));
+  }
+  template <int Distance>
+  static F butterfly(F a) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = i & Distance ? a.at[i ^ Distance] - a.at[i] : a.at[i] + a.at[i ^ Distance];
+    return r;
+  }
+  static F pick_two(F low, F high, I index) {
+    F r;
+    for (int i = 0; i < kLanes; ++i)
+      r.at[i] = (index.at[i] & kLanes ? high : low).at[index.at[i] & (kLanes - 1)];
+    return r;
+  }
+  static I shift_right_each(I a, I n) {
+    return words(a, n, [](std::uint32_t x, std::uint32_t y) { return x >> y; });
+  }
+  static I bit_or(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x | y; }); }
+  template <int Bits>
+  static std::int64_t unpack(const std::uint8_t*, std::int64_t, std::int64_t, std::uint8_t*) { return 0; }
   static I signed_byte(I w, int place) {
     I r;
     for (int i = 0; i < kLanes; ++i)
