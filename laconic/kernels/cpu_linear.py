@@ -16,7 +16,7 @@ from torch import Tensor
 from laconic.kernels import native
 from laconic.numerics import Scheme
 
-__all__ = ["ACTS", "linear", "weights_of"]
+__all__ = ["ACTS", "linear", "takes_int8", "weights_of"]
 
 ACTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
@@ -43,6 +43,11 @@ def weights_of(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
     )  # fmt: skip
 
 
+def takes_int8(scheme: Scheme, k: int) -> bool:
+    """Whether integer products can run: every group is made of whole words of four codes."""
+    return scheme.scale.granularity != "group" or scheme.scale.groups(k) == 1 or scheme.scale.group_of(k) % 4 == 0
+
+
 def linear(
     x: Tensor,
     codes: Tensor,
@@ -53,10 +58,21 @@ def linear(
     scheme: Scheme,
     act: str,
     *,
+    int8: bool = False,
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
-    """y = act(x W^T + b) + r with float32 products, for few rows of x; see `torch.ops.laconic.linear`."""
+    """y = act(x W^T + b) + r; see `torch.ops.laconic.linear`.
+
+    Args:
+        int8: round each row of x to 8 bits first (symmetric, s = 2 max|x| / 255) and take integer products; else
+            products are float32, which is for few rows of x.
+        threads: None is torch's number.
+        isa: number of the instruction set, -1 the best of this CPU; for tests.
+
+    Raises:
+        ValueError: shapes or types do not fit, or int8 with groups that are no multiple of 4.
+    """
     k, rows = x.shape[-1], codes.shape[0]
     w = weights_of(codes, scale, zero, scheme, k)
     m = math.prod(x.shape[:-1])
@@ -68,6 +84,6 @@ def linear(
         w, flat.data_ptr(), flat.numel(), m, out.data_ptr(), out.numel(),
         bias.data_ptr() if bias is not None else 0, rows if bias is not None else 0,
         other.data_ptr() if other is not None else 0, other.numel() if other is not None else 0,
-        ACTS[act], torch.get_num_threads() if threads is None else threads, isa,
+        ACTS[act], int8, torch.get_num_threads() if threads is None else threads, isa,
     )  # fmt: skip
     return out.view(*x.shape[:-1], rows).to(x.dtype)

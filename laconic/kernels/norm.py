@@ -5,7 +5,7 @@ For rows s of length d, weight w (d,) and bias b (d,), all in float32 (float64 s
     s = x + residual, rounded to the type of x      a = s - mean(s) for LayerNorm, a = s for RMSNorm
     r = 1 / sqrt(mean(a^2) + eps)                   eps_outside: r = 1 / (sqrt(mean(a^2)) + eps)
     y = a r w + b, rounded to the type of x         unit_offset: (1 + w) in place of w
-    scale = max |y| / 127, codes = round(y / scale) from y before it is rounded; 0 where a row is 0
+    scale = 2 max |y| / 255 (1 where that is 0), codes = round(y / scale) in -128..127, from the rounded y
 
 | op                                            | gives                  | for                                      |
 |-----------------------------------------------|------------------------|------------------------------------------|
@@ -22,7 +22,6 @@ to rounding of float32, and give the same bits from run to run and for any numbe
 from __future__ import annotations
 
 import functools
-
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ __all__ = ["backward", "backward_reference", "forward", "reference"]
 
 _NUMBER = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # dtype numbers of the extension
 _NONE = (0, 0, 1)  # an operand that is not there
-_TOP = 127
 
 
 # --- the references -------------------------------------------------------------------------------------------------
@@ -109,10 +107,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _quantize(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale) of each row."""
-    top = y.abs().amax(-1, keepdim=True)
-    codes = (y * torch.where(top > 0, _TOP / top, 0.0)).round().clamp(-_TOP, _TOP)
-    return codes.nan_to_num(-_TOP).to(torch.int8), (top / _TOP).float()
+    """(codes, scale) of each row, as `ops.round_inputs` rounds them."""
+    y = y.float()
+    scale = 2 * y.abs().amax(-1, keepdim=True) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (y / scale).round().clamp(-128, 127).nan_to_num(-128).to(torch.int8), scale
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
@@ -245,7 +244,8 @@ def _variant(centred: bool, add: bool, codes: bool):
     def plain(*operands, **options):
         x, residual, weight, bias = split(operands)
         y, s = reference(x, residual, weight, bias, centred=centred, **options)
-        out = (y.to(x.dtype), *((s,) if add else ()), *(_quantize(y) if codes else ()))
+        y = y.to(x.dtype)
+        out = (y, *((s,) if add else ()), *(_quantize(y) if codes else ()))
         return out if len(out) > 1 else out[0]
 
     def native_or_plain(*operands, **options):

@@ -12,13 +12,15 @@ bits. Gradients are defined for the input, the bias and the residual; packed wei
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from laconic.kernels import native
+from laconic.kernels import cpu_linear, native
 from laconic.numerics import Scheme, dequantize, unpack
 
 ACTIVATIONS = {
@@ -31,11 +33,15 @@ ACTIVATIONS = {
 # Weights dequantized at a time, elements: a reused 8 MiB float32 scratch stays near the caches, and fresh memory of
 # the whole matrix would cost ten times the unpacking in page faults.
 TILE = 1 << 21
+# Each row of the inputs (a token) rounded to 8 bits when the layer runs; the only scheme of inputs so far.
+INT8_TOKENS = "v1/int8/token/float32/minmax/znone/nearest"
+# Rows of inputs up to which weights are looked up on the fly; from there on, unpacking tiles for a float product wins.
+FEW = 32
 
 _library = torch.library.Library("laconic", "DEF")
 _library.define(
     "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero=None, Tensor? bias=None, Tensor? residual=None, "
-    "*, str scheme, str act='none') -> Tensor"
+    "*, str scheme, str act='none', str inputs='') -> Tensor"
 )
 _library.define(
     "embedding(Tensor ids, Tensor codes, Tensor scale, Tensor? zero=None, *, str scheme, int dim, ScalarType dtype) "
@@ -127,8 +133,9 @@ def _rows_of(codes: Tensor, index: Tensor, scale: Tensor, zero: Tensor | None, s
 # --- the references -------------------------------------------------------------------------------------------------
 
 
-def _linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none"):
+def _linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how, k = Scheme.parse(scheme), x.shape[-1]
+    x = round_inputs(x, inputs)
     out = x.new_empty((*x.shape[:-1], codes.shape[0]))
     for begin, end, tile in _tiles(codes, scale, zero, how, k):
         part = F.linear(x, tile.to(x.dtype), bias[begin:end] if bias is not None else None)
@@ -138,6 +145,51 @@ def _linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act
             out[..., begin:end] = part
     y = _activation(act)(out)
     return y if residual is None else y + residual
+
+
+def round_inputs(x: Tensor, inputs: str) -> Tensor:
+    """x as a packed linear layer sees it: itself, or each row rounded to 8 bits, s = 2 max|x| / 255, x^ = s round(x / s).
+
+    Raises:
+        ValueError: another scheme than `INT8_TOKENS`.
+    """
+    if not inputs:
+        return x
+    if inputs != INT8_TOKENS:
+        raise ValueError(f"inputs={inputs!r}: '' (as they are) or {INT8_TOKENS!r}")
+    values = x.float()
+    scale = 2 * values.abs().amax(-1, keepdim=True) / 255 if x.shape[-1] else values
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((values / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Compute with the references inside of this block, also where a faster kernel is there: to compare, or to debug.
+
+    It holds for the whole process, not for this thread alone.
+    """
+    global _by_reference
+    before, _by_reference = _by_reference, True
+    try:
+        yield
+    finally:
+        _by_reference = before
+
+
+_by_reference = False
+
+
+def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
+    how = Scheme.parse(scheme)
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
+    if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
+        if inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1]):
+            return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=True)
+        if not inputs and tokens <= FEW:
+            return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act)
+    return _linear(x, codes, scale, zero, bias, residual, scheme=scheme, act=act, inputs=inputs)
 
 
 def _embedding(ids, codes, scale, zero=None, *, scheme, dim, dtype):
@@ -206,7 +258,7 @@ def _product(values) -> int:
 # --- shapes only ----------------------------------------------------------------------------------------------------
 
 
-def _fake_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none"):
+def _fake_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -271,7 +323,8 @@ def _through(reference, differentiable: tuple[int, ...]):
     return backward
 
 
-def _differentiable_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none"):
+def _differentiable_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
+    x = x + (round_inputs(x, inputs) - x).detach()  # rounding passes gradients on as they are
     weight = torch.ops.laconic.dequantize(codes, scale, zero, scheme=scheme, k=x.shape[-1], dtype=x.dtype)
     y = _activation(act)(F.linear(x, weight, bias))
     return y if residual is None else y + residual
@@ -322,3 +375,5 @@ for _name, _reference, _fake, _backward in (
     torch.library.register_fake(f"laconic::{_name}", _fake, lib=_library)
     if _backward is not None:
         torch.library.register_autograd(f"laconic::{_name}", _backward, setup_context=_keep, lib=_library)
+
+_library.impl("linear", _cpu_linear, "CPU")

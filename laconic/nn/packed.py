@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.kernels import ops as _ops  # noqa: F401 - registers torch.ops.laconic
+from laconic.kernels.ops import INT8_TOKENS  # and registers torch.ops.laconic
 from laconic.numerics import Scheme, pack
 
 View = Literal["rows", "last", "transposed"]
@@ -42,11 +42,13 @@ class PackedParameterSpec:
         shape: of the float parameter.
         view: how it becomes a matrix (rows, k): `rows` flattens all but dim 0 (linear, conv, embedding), `last`
             flattens all but the last dim (experts, anything else), `transposed` swaps two dims (GPT-2's Conv1D).
+        inputs: how the inputs of a linear layer are rounded when it runs: "" (not at all) or `INT8_TOKENS`.
     """
 
     scheme: Scheme
     shape: tuple[int, ...]
     view: View = "rows"
+    inputs: str = ""
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -59,14 +61,15 @@ class PackedParameterSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As records hold it."""
-        return {"scheme": str(self.scheme), "shape": list(self.shape), "view": self.view}
+        stored: dict[str, Any] = {"scheme": str(self.scheme), "shape": list(self.shape), "view": self.view}
+        return {**stored, "inputs": self.inputs} if self.inputs else stored
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> PackedParameterSpec:
         """What `to_json` gave.
 
         Raises:
-            ValueError: the view is not known, or the shape has none.
+            ValueError: the view or the rounding of inputs is not known, or the shape has no such view.
         """
         view = data["view"]
         if view not in ("rows", "last", "transposed"):
@@ -74,7 +77,10 @@ class PackedParameterSpec:
         shape = tuple(int(n) for n in data["shape"])
         if not shape or min(shape) < 0 or (view == "transposed" and len(shape) != 2):
             raise ValueError(f"shape {shape} has no {view} view as a matrix")
-        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view)
+        inputs = str(data.get("inputs", ""))
+        if inputs not in ("", INT8_TOKENS):
+            raise ValueError(f"inputs {inputs!r} are not known")
+        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view, inputs)
 
 
 def matrix_shape(shape: tuple[int, ...], view: View) -> tuple[int, int]:
@@ -183,7 +189,9 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     if input.shape[-1] != spec.matrix[1]:  # the words of a row fit several widths, so the op itself cannot tell
         raise RuntimeError(f"{self} takes {spec.matrix[1]} features and got an input of shape {tuple(input.shape)}")
     codes, scale, zero = self.packed_operands("weight")
-    return torch.ops.laconic.linear(input, codes, scale, zero, self.bias, None, scheme=str(spec.scheme))
+    return torch.ops.laconic.linear(
+        input, codes, scale, zero, self.bias, None, scheme=str(spec.scheme), inputs=spec.inputs
+    )
 
 
 class _LinearForward(nn.Linear):

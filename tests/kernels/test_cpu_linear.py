@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from laconic.kernels import cpu_linear, native
-from laconic.kernels.ops import ACTIVATIONS
+from laconic.kernels.ops import ACTIVATIONS, INT8_TOKENS, round_inputs
 from laconic.nn import PackedParameterSpec, pack_tensors
 from laconic.numerics import Scheme, affine_params, dequantize, quantize
 
@@ -116,3 +116,58 @@ def test_what_does_not_fit_is_refused() -> None:
         cpu_linear.linear(noise(1, 64), codes, scale, None, None, None, parsed, "none", threads=0)
     with pytest.raises(ValueError, match="isa is 9"):
         cpu_linear.linear(noise(1, 64), codes, scale, None, None, None, parsed, "none", isa=9)
+
+
+class TestInputsOf8Bits:
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("scheme", [s for s in SCHEMES if "group5" not in s])
+    def test_equals_the_product_of_rounded_inputs(self, scheme: str, isa: int) -> None:
+        for rows, k in SHAPES:
+            parsed, operands, weight = packed(rows, k, scheme)
+            bias = noise(rows)
+            for m, act in ((0, "none"), (1, "gelu"), (3, "relu"), (7, "none"), (29, "silu")):
+                x, residual = noise(m, k), noise(m, rows)
+                got = cpu_linear.linear(x, *operands, bias, residual, parsed, act, int8=True, isa=isa)
+                rounded = round_inputs(x, INT8_TOKENS).double()
+                want = ACTIVATIONS[act](rounded @ weight.double().t() + bias) + residual
+                size = (rounded.abs() @ weight.double().abs().t() + 1).max() if want.numel() else 1.0
+                torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6 * float(size))
+
+    def test_same_bits_for_any_number_of_threads(self) -> None:
+        parsed, operands, _ = packed(77, 520, SCHEMES[5])
+        x = noise(500, 520)
+        first = cpu_linear.linear(x, *operands, None, None, parsed, "gelu", int8=True, threads=1)
+        for threads in (2, 3, 4):
+            again = cpu_linear.linear(x, *operands, None, None, parsed, "gelu", int8=True, threads=threads)
+            assert torch.equal(first, again)
+
+    def test_rows_of_zeros_and_the_extremes_of_codes(self) -> None:
+        parsed, operands, weight = packed(8, 64, "v1/int8/channel/float32/minmax/znone/nearest")
+        x = torch.zeros(3, 64)
+        x[1] = -torch.arange(64.0)
+        x[2] = 1e30
+        got = cpu_linear.linear(x, *operands, None, None, parsed, "none", int8=True)
+        want = round_inputs(x, INT8_TOKENS).double() @ weight.double().t()
+        assert torch.equal(got[0], torch.zeros(8))
+        for row in (1, 2):
+            torch.testing.assert_close(got[row].double(), want[row], rtol=0, atol=1e-6 * float(x[row].abs().sum()))
+
+    def test_groups_of_no_whole_words_go_through_the_reference(self) -> None:
+        parsed, operands, weight = packed(6, 37, SCHEMES[10])
+        assert not cpu_linear.takes_int8(parsed, 37)
+        with pytest.raises(ValueError, match="groups of a multiple of 4"):
+            cpu_linear.linear(noise(2, 37), *operands, None, None, parsed, "none", int8=True)
+        got = torch.ops.laconic.linear(noise(2, 37), *operands, scheme=str(parsed), inputs=INT8_TOKENS)
+        torch.testing.assert_close(got, round_inputs(noise(2, 37), INT8_TOKENS) @ weight.t(), rtol=1e-4, atol=1e-5)
+
+    def test_gradients_pass_the_rounding_unchanged(self) -> None:
+        parsed, operands, weight = packed(6, 64, SCHEMES[5])
+        x = noise(3, 64).requires_grad_()
+        y = torch.ops.laconic.linear(x, *operands, scheme=str(parsed), inputs=INT8_TOKENS)
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 64), rtol=1e-5, atol=1e-5)
+
+    def test_other_schemes_of_inputs_are_refused(self) -> None:
+        parsed, operands, _ = packed(6, 64, SCHEMES[5])
+        with pytest.raises(ValueError, match="inputs='int4'"):
+            torch.ops.laconic.linear(noise(3, 64), *operands, scheme=str(parsed), inputs="int4")

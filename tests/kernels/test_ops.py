@@ -63,6 +63,13 @@ def noise(*shape: int, seed: int = 1, **options) -> Tensor:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _references():
+    """The compiled linear layer takes sums in another order: test_cpu_linear.py holds it to the reference."""
+    with ops.by_reference():
+        yield
+
+
 @pytest.fixture(params=["native", "reference"])
 def road(request, monkeypatch):
     """Each test runs with the compiled kernel and without."""
@@ -322,3 +329,15 @@ def test_ops_under_autocast_and_inference_mode():
     with torch.autocast("cpu", torch.bfloat16):
         found = laconic.linear(x.to(torch.bfloat16), *w.operands, scheme=str(w.scheme))
     assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("inputs", ["", ops.INT8_TOKENS], ids=["float", "int8"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_linear_layer_is_the_reference_to_rounding(scheme, inputs, monkeypatch):
+    weights, x = packed(scheme, 9, 64), noise(3, 64)
+    words = {"scheme": str(scheme), "act": "silu", "inputs": inputs}
+    want = laconic.linear(x, *weights.operands, **words)
+    monkeypatch.setattr(ops, "_by_reference", False)
+    got = laconic.linear(x, *weights.operands, **words)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    torch.library.opcheck(laconic.linear, (x, *weights.operands), words)

@@ -4,25 +4,11 @@
 #include <cstdint>
 #include <memory>
 
-#include "checks.hpp"
-#include "linear.hpp"
+#include "bind_linear.hpp"
 
 namespace nb = nanobind;
 
 namespace laconic::edge {
-namespace {
-
-/// What `Matrix` is made from; every address with the number of elements behind it.
-struct Weights {
-  Address words;
-  Int words_length, rows, words_per_row;
-  Address scale;
-  Int scale_length, scale_dtype, scale_rows;
-  Address zero;
-  Int zero_length, zero_kind;
-  Address levels;
-  Int levels_length, groups, group, bits, k;
-};
 
 Matrix matrix_of(const Weights& w) {
   check_codes(w.bits, w.k, w.words_per_row);
@@ -66,6 +52,8 @@ Matrix matrix_of(const Weights& w) {
   };
 }
 
+namespace {
+
 Epilogue epilogue_of(Address bias, Int bias_length, Address residual, Int residual_length, Int act, Int m, Int rows) {
   if (bias != 0) check_block("bias", bias, bias_length, 1, rows, 4);
   if (residual != 0) check_block("residual", residual, residual_length, m, rows, 4);
@@ -78,7 +66,7 @@ Epilogue epilogue_of(Address bias, Int bias_length, Address residual, Int residu
 }
 
 void linear(const Weights& weights, Address x, Int x_length, Int m, Address out, Int out_length, Address bias,
-            Int bias_length, Address residual, Int residual_length, Int act, Int threads, Int isa) {
+            Int bias_length, Address residual, Int residual_length, Int act, bool int8, Int threads, Int isa) {
   Linear job{.w = matrix_of(weights), .x = nullptr, .out = nullptr, .m = m, .x_stride = weights.k,
              .out_stride = weights.rows, .then = {}};
   check_block("x", x, x_length, m, weights.k, 4);
@@ -88,6 +76,12 @@ void linear(const Weights& weights, Address x, Int x_length, Int m, Address out,
   job.then = epilogue_of(bias, bias_length, residual, residual_length, act, m, weights.rows);
   const int many = threads_of(threads);
   const Isa use = isa_of(isa);
+  if (int8) {
+    if (!takes_int8(job.w)) refuse("inputs of 8 bits need integer weights in groups of a multiple of 4");
+    const auto bytes = std::make_unique_for_overwrite<std::uint8_t[]>(
+        static_cast<std::size_t>(linear_int8_scratch(job, many, use)));
+    return linear_int8(job, bytes.get(), many, use);
+  }
   const auto scratch = std::make_unique_for_overwrite<float[]>(
       static_cast<std::size_t>(linear_float_scratch(job, many, use)));
   linear_float(job, scratch.get(), many, use);
@@ -112,7 +106,7 @@ void bind_linear(nb::module_& m) {
            nb::arg("groups"), nb::arg("group"), nb::arg("bits"), nb::arg("k"));
   m.def("linear", &linear, nb::arg("weights"), nb::arg("x"), nb::arg("x_length"), nb::arg("m"), nb::arg("out"),
         nb::arg("out_length"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("residual"),
-        nb::arg("residual_length"), nb::arg("act"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
+        nb::arg("residual_length"), nb::arg("act"), nb::arg("int8"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
 }
 
 }  // namespace laconic::edge

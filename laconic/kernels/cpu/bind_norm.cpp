@@ -45,7 +45,7 @@ void norm(const Operand& x, const Operand& residual, const Operand& weight, cons
           const Operand& sum, Address codes, Int codes_length, Address scales, Int scales_length, Int rows, Int d,
           const NormKind& kind, Int threads, Int isa) {
   check_shape(rows, d);
-  Norm job{};
+  NormForward job{};
   job.kind = kind;
   job.rows = rows;
   job.d = d;

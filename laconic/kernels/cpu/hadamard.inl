@@ -8,15 +8,16 @@ namespace laconic::LACONIC_TARGET {
 /// The butterflies of vectors 1, 2 ... apart among `Vectors` of them.
 template <int Vectors>
 LACONIC_INLINE void among(Simd::F (&v)[Vectors]) {
-#pragma GCC unroll 3
-  for (int step = 1; step < Vectors; step *= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < Vectors; ++i)
-      if ((i & step) == 0) {
-        const Simd::F a = v[i], b = v[i + step];
+  unroll<3>([&](auto power) LACONIC_UNROLLED {
+    constexpr int kStep = 1 << power;
+    unroll<Vectors>([&](auto i) LACONIC_UNROLLED {
+      if constexpr (kStep < Vectors && (i & kStep) == 0) {
+        const Simd::F a = v[i], b = v[i + kStep];
         v[i] = Simd::add(a, b);
-        v[i + step] = Simd::sub(a, b);
+        v[i + kStep] = Simd::sub(a, b);
       }
+    });
+  });
 }
 
 /// All distances below `Vectors` vectors: within each, then among `Vectors` neighbours.
@@ -25,15 +26,13 @@ LACONIC_INLINE void neighbours(float* x, std::int64_t n, Simd::F scale) {
   using V = Simd;
   for (std::int64_t i = 0; i < n; i += Vectors * V::kLanes) {
     V::F v[Vectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < Vectors; ++r) {
+    unroll<Vectors>([&](auto r) LACONIC_UNROLLED {
       v[r] = V::template butterfly<2>(V::template butterfly<1>(V::load(x + i + r * V::kLanes)));
       if constexpr (V::kLanes >= 8) v[r] = V::template butterfly<4>(v[r]);
       if constexpr (V::kLanes >= 16) v[r] = V::template butterfly<8>(v[r]);
-    }
+    });
     among(v);
-#pragma GCC unroll 8
-    for (int r = 0; r < Vectors; ++r) V::store(x + i + r * V::kLanes, V::mul(v[r], scale));
+    unroll<Vectors>([&](auto r) LACONIC_UNROLLED { V::store(x + i + r * V::kLanes, V::mul(v[r], scale)); });
   }
 }
 
@@ -44,11 +43,9 @@ LACONIC_INLINE void across(float* x, std::int64_t n, std::int64_t distance, Simd
   for (std::int64_t i = 0; i < n; i += Vectors * distance)
     for (std::int64_t j = i; j < i + distance; j += V::kLanes) {
       V::F v[Vectors];
-#pragma GCC unroll 8
-      for (int r = 0; r < Vectors; ++r) v[r] = V::load(x + j + r * distance);
+      unroll<Vectors>([&](auto r) LACONIC_UNROLLED { v[r] = V::load(x + j + r * distance); });
       among(v);
-#pragma GCC unroll 8
-      for (int r = 0; r < Vectors; ++r) V::store(x + j + r * distance, V::mul(v[r], scale));
+      unroll<Vectors>([&](auto r) LACONIC_UNROLLED { V::store(x + j + r * distance, V::mul(v[r], scale)); });
     }
 }
 
@@ -99,9 +96,9 @@ inline void hadamard_rows(const Hadamard& job, std::int64_t begin, std::int64_t 
       if constexpr (D == Dtype::float32) {
         transform(static_cast<float*>(job.x) + at, job.n, job.scale);
       } else {
-        over(job.n, [&](std::int64_t i, auto n, int) LACONIC_FLATTEN { Simd::store_first(scratch + i, read<D>(job.x, at + i, n), n); });
+        over(job.n, [&](std::int64_t i, auto n, int) LACONIC_UNROLLED { Simd::store_first(scratch + i, read<D>(job.x, at + i, n), n); });
         transform(scratch, job.n, job.scale);
-        over(job.n, [&](std::int64_t i, auto n, int) LACONIC_FLATTEN { write<D>(job.x, at + i, Simd::load_first(scratch + i, n), n); });
+        over(job.n, [&](std::int64_t i, auto n, int) LACONIC_UNROLLED { write<D>(job.x, at + i, Simd::load_first(scratch + i, n), n); });
       }
     }
   });

@@ -20,11 +20,9 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define LACONIC_INLINE inline __attribute__((always_inline))
-#define LACONIC_FLATTEN __attribute__((always_inline))  // behind the arguments of a lambda
 #define LACONIC_RESTRICT __restrict__
 #else
 #define LACONIC_INLINE inline
-#define LACONIC_FLATTEN
 #define LACONIC_RESTRICT
 #endif
 

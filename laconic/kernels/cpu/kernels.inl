@@ -10,9 +10,13 @@
 #include "linear.hpp"
 #include "norm.hpp"
 #include "table.hpp"
+#include "unroll.hpp"
 
 #include "activation.inl"
 #include "weight_only.inl"
+#include "integer.inl"
+#include "attention.inl"
+#include "block.inl"
 #include "elements.inl"
 #include "unpack.inl"
 #include "dequantize.inl"
@@ -26,11 +30,19 @@ static const Table kTable{
     .lay_planes = lay_planes,
     .linear_planes = linear_planes,
     .linear_rows = linear_rows,
+    .panel = kPanel,
+    .tile = kTile,
+    .round_inputs = round_inputs,
+    .linear_int8 = linear_int8,
+    .attend = attend,
+    .norm_rows = norm_rows,
+    .rotate_rows = rotate_rows,
+    .multiply = multiply,
     .unpack_row = unpack_row,
     .dequantize_rows = dequantize_rows,
     .hadamard_rows = hadamard_rows,
-    .norm_rows = norm_rows,
-    .norm_rows_backward = norm_rows_backward,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
     .add_parts = add_parts,
     .to_floats = to_floats,
 };

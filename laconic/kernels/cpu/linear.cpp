@@ -21,6 +21,24 @@ Sizes sizes(const Linear& job, Isa isa) {
   return {job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
+constexpr std::int64_t kBlock = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
+
+struct Int8Sizes {
+  std::int64_t codes, scale, sums, thread;  // in bytes
+};
+
+std::int64_t whole_lines(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+Int8Sizes int8_sizes(const Linear& job, Isa isa) {
+  const Table& kernels = table(isa);
+  const Matrix& w = job.w;
+  const std::int64_t k = whole_lines(w.k), panel = k * kernels.panel + 2 * 4 * w.groups * kernels.panel;
+  const std::int64_t rows = k * kernels.lanes, scales = 8 * (w.groups + kernels.lanes);  // these two share their place
+  const std::int64_t tiles = (job.m + kernels.tile - 1) / kernels.tile;
+  return {whole_lines(tiles * kernels.tile * k), whole_lines(4 * job.m), whole_lines(4 * job.m * w.groups),
+          whole_lines(panel + (rows > scales ? rows : scales))};
+}
+
 }  // namespace
 
 std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa) {
@@ -53,6 +71,36 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
   kernels.lay_planes(job, planes);
   parallel(threads, job.w.rows, kGrain, [&](std::int64_t begin, std::int64_t end, int thread) {
     kernels.linear_planes(job, planes, begin, end, mine(thread));
+  });
+}
+
+std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa) {
+  const Int8Sizes s = int8_sizes(job, isa);
+  return s.codes + s.scale + s.sums + threads * s.thread + 64;
+}
+
+void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa) {
+  if (job.m == 0 || job.w.rows == 0) return;
+  const Table& kernels = table(isa);
+  const Int8Sizes s = int8_sizes(job, isa);
+  scratch += -reinterpret_cast<std::uintptr_t>(scratch) & 63u;
+  const Rounded in{
+      .codes = reinterpret_cast<std::int8_t*>(scratch),
+      .scale = reinterpret_cast<float*>(scratch + s.codes),
+      .sums = reinterpret_cast<std::int32_t*>(scratch + s.codes + s.scale),
+      .k_padded = whole_lines(job.w.k),
+  };
+  std::uint8_t* own = scratch + s.codes + s.scale + s.sums;
+  parallel(threads, job.m, kernels.tile, [&](std::int64_t begin, std::int64_t end, int thread) {
+    kernels.round_inputs(job, in, begin, end, reinterpret_cast<std::int8_t*>(own + thread * s.thread));
+  });
+  const std::int64_t panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
+  const std::int64_t blocks = (job.m + kBlock - 1) / kBlock;
+  parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t block = task / panels * kBlock, stop = block + kBlock < job.m ? block + kBlock : job.m;
+      kernels.linear_int8(job, in, task % panels, block, stop, own + thread * s.thread, isa);
+    }
   });
 }
 

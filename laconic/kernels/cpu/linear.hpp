@@ -65,4 +65,13 @@ std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa);
 /// x stays float32 and weights are exact. For few rows of x.
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa);
 
+/// Whether `linear_int8` can take the matrix: groups of whole words of four codes, integers.
+constexpr bool takes_int8(const Matrix& w) { return w.levels == nullptr && (w.groups <= 1 || w.group % 4 == 0); }
+
+/// Memory, in bytes, that one call of `linear_int8` needs beside its operands.
+std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa);
+
+/// Each row of x is rounded to 8 bits first (symmetric, one scale a row), and products are exact from there.
+void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa);
+
 }  // namespace laconic

@@ -97,5 +97,6 @@ NB_MODULE(_cpu, m) {
   m.def("hadamard", &hadamard, nb::arg("x"), nb::arg("length"), nb::arg("dtype"), nb::arg("rows"), nb::arg("n"),
         nb::arg("scale"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
   bind_linear(m);
+  bind_block(m);
   bind_norm(m);
 }

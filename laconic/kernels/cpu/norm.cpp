@@ -28,13 +28,13 @@ const float* floats_of(const void* vector, Dtype dtype, float offset, std::int64
 
 }  // namespace
 
-std::int64_t norm_scratch(const Norm& job, int threads) { return (threads + 2) * padded(job.d); }
+std::int64_t norm_scratch(const NormForward& job, int threads) { return (threads + 2) * padded(job.d); }
 
 std::int64_t norm_scratch(const NormBackward& job, int threads) {
   return (threads + 1 + 2 * parts_of(job.rows)) * padded(job.d);
 }
 
-void norm(const Norm& job, float* scratch, int threads, Isa isa) {
+void norm(const NormForward& job, float* scratch, int threads, Isa isa) {
   if (job.rows == 0 || job.d == 0) return;
   const Table& kernels = table(isa);
   const std::int64_t size = padded(job.d);
@@ -42,7 +42,7 @@ void norm(const Norm& job, float* scratch, int threads, Isa isa) {
   const float* weight = floats_of(job.weight, job.weight_dtype, offset, job.d, scratch, kernels);
   const float* bias = floats_of(job.bias, job.bias_dtype, 0.0f, job.d, scratch + size, kernels);
   parallel(threads, job.rows, grain_of(job.d), [&](std::int64_t begin, std::int64_t end, int thread) {
-    kernels.norm_rows(job, weight, bias, begin, end, scratch + (2 + thread) * size);
+    kernels.norm_forward(job, weight, bias, begin, end, scratch + (2 + thread) * size);
   });
 }
 
@@ -58,8 +58,8 @@ void norm_backward(const NormBackward& job, float* scratch, int threads, Isa isa
   parallel(threads, parts, grain, [&](std::int64_t begin, std::int64_t end, int thread) {
     for (std::int64_t part = begin; part < end; ++part) {
       const std::int64_t first = part * block, last = first + block < job.rows ? first + block : job.rows;
-      kernels.norm_rows_backward(job, weight, first, last, job.dweight != nullptr ? dweights + part * size : nullptr,
-                                 job.dbias != nullptr ? dbiases + part * size : nullptr, scratch + (1 + thread) * size);
+      kernels.norm_backward(job, weight, first, last, job.dweight != nullptr ? dweights + part * size : nullptr,
+                            job.dbias != nullptr ? dbiases + part * size : nullptr, scratch + (1 + thread) * size);
     }
   });
   parallel(threads, job.d, 16384, [&](std::int64_t begin, std::int64_t end, int) {

@@ -2,9 +2,9 @@
 //
 //     s = x + residual, rounded to the type of x                      a_i = s_i - mean(s), or s_i for RMSNorm
 //     r = 1 / sqrt(mean(a^2) + eps), or 1 / (sqrt(mean(a^2)) + eps)   y = a r w + b
-//     code_i = round(y_i 127 / max |y|), scale = max |y| / 127
+//     code_i = round(y_i / scale) in -128..127, scale = 2 max |y| / 255 (1 where y is 0), as inputs of 8 bits a token are
 //
-// All in float32, y before it is rounded to the type of x being what the codes are taken from.
+// All in float32; y is rounded to the type of x, and codes are those of what was rounded.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct NormKind {
   bool unit_offset;  // multiply by 1 + w
 };
 
-struct Norm {
+struct NormForward {
   NormKind kind;
   std::int64_t rows, d;
   Dtype dtype, weight_dtype, bias_dtype;
@@ -55,10 +55,10 @@ struct NormBackward {
 };
 
 /// Memory, in floats, that a call needs beside its operands.
-std::int64_t norm_scratch(const Norm& job, int threads);
+std::int64_t norm_scratch(const NormForward& job, int threads);
 std::int64_t norm_scratch(const NormBackward& job, int threads);
 
-void norm(const Norm& job, float* scratch, int threads, Isa isa);
+void norm(const NormForward& job, float* scratch, int threads, Isa isa);
 void norm_backward(const NormBackward& job, float* scratch, int threads, Isa isa);
 
 }  // namespace laconic

@@ -23,7 +23,7 @@ LACONIC_INLINE Moments centre(float* row, std::int64_t d, float total, const Nor
   if (kind.centred) {
     const V::F mean = V::splat(total / count);
     V::F squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    over(d, [&](std::int64_t i, auto n, int slot) LACONIC_FLATTEN {
+    over(d, [&](std::int64_t i, auto n, int slot) LACONIC_UNROLLED {
       const V::F a = first(V::sub(V::load_first(row + i, n), mean), n);
       V::store_first(row + i, a, n);
       squares[slot] = V::fma(a, a, squares[slot]);
@@ -35,11 +35,11 @@ LACONIC_INLINE Moments centre(float* row, std::int64_t d, float total, const Nor
 }
 
 template <Dtype D, bool Centred, bool Add>
-LACONIC_INLINE void norm_row(const Norm& job, const float* weight, const float* bias, std::int64_t number, float* row) {
+LACONIC_INLINE void norm_row(const NormForward& job, const float* weight, const float* bias, std::int64_t number, float* row) {
   using V = Simd;
   const std::int64_t d = job.d, at = number * d;
   V::F totals[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_FLATTEN {
+  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_UNROLLED {
     V::F s = read<D>(job.x, at + i, n);
     if constexpr (Add) {
       s = rounded<D>(V::add(s, read<D>(job.residual, at + i, n)));
@@ -52,10 +52,11 @@ LACONIC_INLINE void norm_row(const Norm& job, const float* weight, const float* 
   const V::F inverse = V::splat(moments.inverse);
   const bool quantize = job.codes != nullptr;
   V::F largest[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_FLATTEN {
+  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_UNROLLED {
     V::F y = V::mul(V::load_first(row + i, n), inverse);
     if (weight != nullptr) y = V::mul(y, V::load_first(weight + i, n));
     if (bias != nullptr) y = V::add(y, V::load_first(bias + i, n));
+    if (quantize) y = rounded<D>(y);
     if (job.y != nullptr) write<D>(job.y, at + i, y, n);
     if (quantize) {
       V::store_first(row + i, y, n);
@@ -64,12 +65,11 @@ LACONIC_INLINE void norm_row(const Norm& job, const float* weight, const float* 
   });
   if (!quantize) return;
   const float top = V::largest(V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3])));
-  // A row with inf or nan in it has no scale: say so there, for codes cannot.
-  job.scales[number] = top / 127.0f + (moments.inverse - moments.inverse);
-  const V::F up = V::splat(top > 0.0f ? 127.0f / top : 0.0f), least = V::splat(-127.0f), most = V::splat(127.0f);
-  over(d, [&](std::int64_t i, auto n, int) LACONIC_FLATTEN {
-    const V::F scaled = V::min(V::max(V::mul(V::load_first(row + i, n), up), least), most);
-    const V::I code = V::to_int(scaled);
+  const float scale = top > 0.0f ? 2.0f * top / 255.0f : 1.0f;
+  job.scales[number] = scale + (moments.inverse - moments.inverse);  // not a number where the row is none: codes cannot say so
+  const V::F step = V::splat(scale), least = V::splat(-128.0f), most = V::splat(127.0f);
+  over(d, [&](std::int64_t i, auto n, int) LACONIC_UNROLLED {
+    const V::I code = V::to_int(V::min(V::max(V::round(V::div(V::load_first(row + i, n), step)), least), most));
     if (n == V::kLanes) return V::to_signed_bytes(job.codes + at + i, code);
     std::int8_t all[V::kLanes];
     V::to_signed_bytes(all, code);
@@ -78,8 +78,8 @@ LACONIC_INLINE void norm_row(const Norm& job, const float* weight, const float* 
 }
 
 /// Weight and bias come as float32 here.
-inline void norm_rows(const Norm& job, const float* weight, const float* bias, std::int64_t begin, std::int64_t end,
-                      float* scratch) {
+inline void norm_forward(const NormForward& job, const float* weight, const float* bias, std::int64_t begin,
+                         std::int64_t end, float* scratch) {
   with_dtype(job.dtype, [&](auto type) {
     constexpr Dtype D = decltype(type)::kType;
     for (std::int64_t row = begin; row < end; ++row) {
@@ -99,7 +99,7 @@ LACONIC_INLINE void norm_row_backward(const NormBackward& job, const float* weig
   using V = Simd;
   const std::int64_t d = job.d, at = number * d;
   V::F totals[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_FLATTEN {
+  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_UNROLLED {
     const V::F s = read<D>(job.x, at + i, n);
     V::store_first(row + i, s, n);
     totals[slot] = Centred ? V::add(totals[slot], s) : V::fma(s, s, totals[slot]);
@@ -107,7 +107,7 @@ LACONIC_INLINE void norm_row_backward(const NormBackward& job, const float* weig
   const Moments moments = centre(row, d, sum_of(totals), job.kind);
   const V::F inverse = V::splat(moments.inverse);
   V::F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()}, products[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_FLATTEN {
+  over(d, [&](std::int64_t i, auto n, int slot) LACONIC_UNROLLED {
     const V::F a = V::load_first(row + i, n), dy = read<D>(job.grad, at + i, n);
     if (dweight != nullptr)
       V::store_first(dweight + i, V::fma(dy, V::mul(a, inverse), V::load_first(dweight + i, n)), n);
@@ -121,7 +121,7 @@ LACONIC_INLINE void norm_row_backward(const NormBackward& job, const float* weig
   float c = r * r * r;
   if (job.kind.eps_outside) c = moments.root > 0.0f ? r * r / moments.root : 0.0f;
   const V::F mean = V::splat(Centred ? sum_of(sums) / count : 0.0f), pull = V::splat(-c * (sum_of(products) / count));
-  over(d, [&](std::int64_t i, auto n, int) LACONIC_FLATTEN {
+  over(d, [&](std::int64_t i, auto n, int) LACONIC_UNROLLED {
     V::F h = read<D>(job.grad, at + i, n);
     if (weight != nullptr) h = V::mul(h, V::load_first(weight + i, n));
     if constexpr (Centred) h = V::sub(h, mean);
@@ -132,8 +132,8 @@ LACONIC_INLINE void norm_row_backward(const NormBackward& job, const float* weig
 }
 
 /// Rows [begin, end); what they add to the gradients of weight and bias goes to dweight and dbias, (d) each, or null.
-inline void norm_rows_backward(const NormBackward& job, const float* weight, std::int64_t begin, std::int64_t end,
-                               float* dweight, float* dbias, float* scratch) {
+inline void norm_backward(const NormBackward& job, const float* weight, std::int64_t begin, std::int64_t end,
+                          float* dweight, float* dbias, float* scratch) {
   for (float* part : {dweight, dbias})
     if (part != nullptr)
       for (std::int64_t i = 0; i < job.d; ++i) part[i] = 0.0f;
@@ -156,7 +156,7 @@ inline void add_parts(const float* parts, std::int64_t count, std::int64_t d, fl
 inline void to_floats(const void* base, Dtype dtype, std::int64_t n, float offset, float* out) {
   with_dtype(dtype, [&](auto type) {
     constexpr Dtype D = decltype(type)::kType;
-    over(n, [&](std::int64_t i, auto m, int) LACONIC_FLATTEN {
+    over(n, [&](std::int64_t i, auto m, int) LACONIC_UNROLLED {
       Simd::store_first(out + i, Simd::add(read<D>(base, i, m), Simd::splat(offset)), m);
     });
   });

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attention.hpp"
+#include "block.hpp"
 #include "linear.hpp"
 #include "norm.hpp"
 
@@ -16,17 +18,35 @@ struct Planes {
   std::int64_t chunks, x_stride, sums_stride;
 };
 
+/// Inputs rounded to 8 bits, a scale a row: x ~ scale * codes.
+struct Rounded {
+  std::int8_t* codes;   // (m, k_padded) in tiles, zero beyond k; see integer.inl
+  float* scale;         // (m)
+  std::int32_t* sums;   // (m, groups): of codes over each group of the weights
+  std::int64_t k_padded;
+};
+
 struct Table {
   int lanes;
   void (*lay_planes)(const Linear&, const Planes&);
   void (*linear_planes)(const Linear&, const Planes&, std::int64_t begin, std::int64_t end, float* scratch);
   void (*linear_rows)(const Linear&, std::int64_t begin, std::int64_t end, float* scratch, Isa isa);
+  int panel;  // rows of W that linear_int8 takes at a time
+  int tile;   // rows of x that stay together
+  void (*round_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end, std::int8_t* scratch);
+  void (*linear_int8)(const Linear&, const Rounded&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end,
+                      std::uint8_t* scratch, Isa isa);
+  void (*attend)(const Attention&, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*norm_rows)(const Norm&, const float* x, float* out, std::int64_t width, std::int64_t begin, std::int64_t end);
+  void (*rotate_rows)(const Rotary&, float* x, std::int64_t heads, std::int64_t dim, std::int64_t begin, std::int64_t end);
+  void (*multiply)(float* a, const float* b, std::int64_t begin, std::int64_t end);
   void (*unpack_row)(const std::uint32_t* words, int bits, std::int64_t k, std::uint8_t* codes);
   void (*dequantize_rows)(const Dequantize&, std::int64_t begin, std::int64_t end);
   void (*hadamard_rows)(const Hadamard&, std::int64_t begin, std::int64_t end, float* scratch);
-  void (*norm_rows)(const Norm&, const float* weight, const float* bias, std::int64_t begin, std::int64_t end, float* scratch);
-  void (*norm_rows_backward)(const NormBackward&, const float* weight, std::int64_t begin, std::int64_t end, float* dweight,
-                             float* dbias, float* scratch);
+  void (*norm_forward)(const NormForward&, const float* weight, const float* bias, std::int64_t begin, std::int64_t end,
+                       float* scratch);
+  void (*norm_backward)(const NormBackward&, const float* weight, std::int64_t begin, std::int64_t end, float* dweight,
+                        float* dbias, float* scratch);
   void (*add_parts)(const float* parts, std::int64_t count, std::int64_t d, float* out, std::int64_t begin, std::int64_t end);
   void (*to_floats)(const void* base, Dtype dtype, std::int64_t n, float offset, float* out);
 };

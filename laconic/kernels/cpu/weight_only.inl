@@ -108,53 +108,47 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
   float* zeros = scratch + R * padded;
   for (int r = 0; r < R; ++r)
     read_floats(w.scale, w.scale_dtype, w.one_scale ? 0 : (n + r) * w.groups, w.groups, scratch + r * padded);
-  F total[M][R];
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) total[m][r] = V::zero();
+  F total[M * R];
+  unroll<M * R>([&](auto i) LACONIC_UNROLLED { total[i] = V::zero(); });
   for (std::int64_t c = 0; c < in.chunks; ++c) {
     typename V::I words[R];
-    for (int r = 0; r < R; ++r) {
+    F part[M * R];
+    unroll<M * R>([&](auto i) LACONIC_UNROLLED { part[i] = V::zero(); });
+    unroll<R>([&](auto r) LACONIC_UNROLLED {
       words[r] = load_lanes<Bits>(row + r * row_bytes, c, row_bytes);
       if constexpr (Bits == 8) words[r] = V::bit_xor(words[r], flip);
-    }
+    });
     const float* x = in.x + m0 * in.x_stride + c * kChunk;
-    F part[M][R];
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) part[m][r] = V::zero();
-#pragma GCC unroll 32
-    for (int p = 0; p < kCodes; ++p) {
+    unroll<kCodes>([&](auto p) LACONIC_UNROLLED {
       F level[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](auto r) LACONIC_UNROLLED {
         if constexpr (Bits == 8)
           level[r] = V::to_float(V::signed_byte(words[r], p));
         else
           level[r] = V::template level<Bits>(p == 0 ? words[r] : V::shift_right(words[r], p * Bits), levels, low, high);
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
+      });
+      unroll<M>([&](auto m) LACONIC_UNROLLED {
         const F value = V::load(x + m * in.x_stride + p * V::kLanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) part[m][r] = V::fma(level[r], value, part[m][r]);
-      }
-    }
+        unroll<R>([&](auto r) LACONIC_UNROLLED { part[m * R + r] = V::fma(level[r], value, part[m * R + r]); });
+      });
+    });
     if constexpr (Grouped) {
       const typename V::I index = V::load_words(in.index + c * V::kLanes);
       const float* scales = scratch + c * kChunk / w.group;
-      for (int r = 0; r < R; ++r) {
+      unroll<R>([&](auto r) LACONIC_UNROLLED {
         const F scale = V::pick(V::load(scales + r * padded), index);
-        for (int m = 0; m < M; ++m) total[m][r] = V::fma(part[m][r], scale, total[m][r]);
-      }
+        unroll<M>([&](auto m) LACONIC_UNROLLED { total[m * R + r] = V::fma(part[m * R + r], scale, total[m * R + r]); });
+      });
     } else {
-      for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R; ++r) total[m][r] = V::add(total[m][r], part[m][r]);
+      unroll<M * R>([&](auto i) LACONIC_UNROLLED { total[i] = V::add(total[i], part[i]); });
     }
   }
-  for (int r = 0; r < R; ++r) {
+  unroll<R>([&](auto r) LACONIC_UNROLLED {
     const float* scales = scratch + r * padded;
-    if (w.zero_kind != Zero::none) {
-      read_zeros(w, n + r, zeros);
-      for (int m = 0; m < M; ++m) {
+    if (w.zero_kind != Zero::none) read_zeros(w, n + r, zeros);
+    unroll<M>([&](auto m) LACONIC_UNROLLED {
+      F all = total[m * R + r];
+      if (w.zero_kind != Zero::none) {
         const float* sums = in.sums + (m0 + m) * in.sums_stride;
         F off = V::zero();
         for (std::int64_t g = 0; g < w.groups; g += V::kLanes) {
@@ -163,12 +157,11 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
           if constexpr (Grouped) size = V::mul(size, V::load_first(scales + g, left));
           off = V::add(off, size);
         }
-        total[m][r] = V::sub(total[m][r], off);
+        all = V::sub(all, off);
       }
-    }
-    for (int m = 0; m < M; ++m)
-      job.out[(m0 + m) * job.out_stride + n + r] = V::sum(total[m][r]) * (Grouped ? 1.0f : scales[0]);
-  }
+      job.out[(m0 + m) * job.out_stride + n + r] = V::sum(all) * (Grouped ? 1.0f : scales[0]);
+    });
+  });
 }
 
 template <int Bits, int M, bool Grouped>

@@ -165,6 +165,24 @@ struct Simd {
     return _mm256_blendv_ps(first_eight, last_eight, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28)));
   }
 
+  static constexpr bool kUnpacks = false;
+  static void transpose(I* rows) {
+    I t[8];
+    for (int i = 0; i < 8; i += 4) {
+      const I a = _mm256_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+      const I c = _mm256_unpacklo_epi32(rows[i + 2], rows[i + 3]), d = _mm256_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+      t[i] = _mm256_unpacklo_epi64(a, c), t[i + 1] = _mm256_unpackhi_epi64(a, c);
+      t[i + 2] = _mm256_unpacklo_epi64(b, d), t[i + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+    for (int j = 0; j < 4; ++j) {
+      rows[j] = _mm256_permute2x128_si256(t[j], t[4 + j], 0x20);
+      rows[4 + j] = _mm256_permute2x128_si256(t[j], t[4 + j], 0x31);
+    }
+  }
+  static I narrow(I a, I b, I c, I d) {
+    const I pairs = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
   /// acc + sum of 4 products u8 * s8 in each 32-bit lane, by way of 16 bits, since vpmaddubsw would saturate.
   static I dot4(I acc, I u8, I s8) {
     const I even = _mm256_madd_epi16(_mm256_and_si256(u8, _mm256_set1_epi16(0xff)),

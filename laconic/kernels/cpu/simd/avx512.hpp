@@ -143,6 +143,30 @@ struct Simd {
     const I codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(order.shift), spread);
     return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
   }
+  static constexpr bool kUnpacks = true;  // unpack64 is there for every width
+  /// Words of kLanes vectors, transposed in place.
+  static void transpose(I* rows) {
+    I t[16];
+    for (int i = 0; i < 16; i += 4) {
+      const I a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+      const I c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]), d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+      t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
+      t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    // t[4 q + j] holds words j, j + 4, j + 8, j + 12 of rows 4 q .. 4 q + 3, a quarter each.
+    for (int j = 0; j < 4; ++j) {
+      const I a = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), b = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+      const I c = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88), d = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+      rows[j] = _mm512_shuffle_i32x4(a, c, 0x88), rows[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+      rows[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88), rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+  }
+  /// The low byte of each of four vectors of words, as 64 bytes in order, with signed saturation.
+  static I narrow(I a, I b, I c, I d) {
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(c)), _mm512_cvtsepi32_epi8(d), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
   /// acc + sum of 4 products u8 * s8 in each 32-bit lane.
   static I dot4(I acc, I u8, I s8) { return _mm512_dpbusd_epi32(acc, u8, s8); }
 

@@ -132,6 +132,22 @@ struct Simd {
     return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
   }
 
+  static constexpr bool kUnpacks = false;
+  static void transpose(I* rows) {
+    std::uint32_t t[kLanes][kLanes];
+    for (int i = 0; i < kLanes; ++i) store_words(t[i], rows[i]);
+    for (int i = 0; i < kLanes; ++i) {
+      std::uint32_t column[kLanes];
+      for (int j = 0; j < kLanes; ++j) column[j] = t[j][i];
+      rows[i] = load_words(column);
+    }
+  }
+  static I narrow(I a, I b, I c, I d) {
+    const auto half = [](I low, I high) {
+      return vcombine_s16(vqmovn_s32(vreinterpretq_s32_u32(low)), vqmovn_s32(vreinterpretq_s32_u32(high)));
+    };
+    return vreinterpretq_u32_s8(vcombine_s8(vqmovn_s16(half(a, b)), vqmovn_s16(half(c, d))));
+  }
   /// acc + sum of 4 products u8 * s8 in each 32-bit lane, by way of 16 bits, which every AArch64 has.
   static I dot4(I acc, I u8, I s8) {
     const uint8x16_t u = vreinterpretq_u8_u32(u8);

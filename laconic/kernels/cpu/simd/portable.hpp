@@ -143,6 +143,25 @@ struct Simd {
     return r;
   }
 
+  static constexpr bool kUnpacks = false;
+  static void transpose(I* rows) {
+    std::uint32_t t[kLanes][kLanes];
+    for (int i = 0; i < kLanes; ++i) store_words(t[i], rows[i]);
+    for (int i = 0; i < kLanes; ++i) {
+      std::uint32_t column[kLanes];
+      for (int j = 0; j < kLanes; ++j) column[j] = t[j][i];
+      rows[i] = load_words(column);
+    }
+  }
+  static I narrow(I a, I b, I c, I d) {
+    std::int8_t bytes[16];
+    for (int i = 0; i < kLanes; ++i) {
+      const std::uint32_t from[4] = {a.at[i], b.at[i], c.at[i], d.at[i]};
+      for (int j = 0; j < 4; ++j)
+        bytes[4 * j + i] = static_cast<std::int8_t>(std::clamp(static_cast<std::int32_t>(from[j]), -128, 127));
+    }
+    return load_words(bytes);
+  }
   static I dot4(I acc, I u8, I s8) {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 32; j += 8)

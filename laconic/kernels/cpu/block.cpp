@@ -1,0 +1,133 @@
+// Transformer blocks: the order of the parts, and where their results wait.
+#include "block.hpp"
+
+#include "table.hpp"
+#include "threads.hpp"
+
+namespace laconic {
+namespace {
+
+constexpr std::int64_t kFewTokens = 4;  // for which starting threads does not pay
+
+/// Buffers of one call, cut from one piece of memory.
+struct Buffers {
+  float *normed, *attended, *hidden, *wide, *other, *attention;
+  std::uint8_t* linear;
+  std::int64_t bytes;
+};
+
+std::int64_t lines(std::int64_t floats) { return (floats * 4 + 63) / 64 * 64; }
+
+Linear job(const Layer& layer, const float* x, std::int64_t tokens, float* out, const float* residual, Act act) {
+  return {.w = layer.w, .x = x, .out = out, .m = tokens, .x_stride = layer.w.k, .out_stride = layer.w.rows,
+          .then = {.bias = layer.bias, .residual = residual, .act = act}};
+}
+
+std::int64_t linear_bytes(const Layer& layer, std::int64_t tokens, int threads, Isa isa) {
+  const Linear one = job(layer, nullptr, tokens, nullptr, nullptr, Act::none);
+  return layer.int8 ? linear_int8_scratch(one, threads, isa) : 4 * linear_float_scratch(one, threads, isa) + 64;
+}
+
+Buffers cut(const Block& b, std::int64_t tokens, std::int64_t keys, std::int64_t queries, int threads, Isa isa, std::uint8_t* at) {
+  Attention a{};
+  a.keys = keys, a.queries = queries, a.dim = b.dim;
+  Buffers r{};
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(at);
+  std::int64_t used = static_cast<std::int64_t>(-start & 63u);
+  const auto take = [&](std::int64_t floats) {
+    float* p = reinterpret_cast<float*>(start + static_cast<std::uintptr_t>(used));
+    used += lines(floats);
+    return p;
+  };
+  r.normed = take(tokens * b.width);
+  r.hidden = take(tokens * b.width);
+  r.attended = take(tokens * b.heads * b.dim);
+  r.wide = take(tokens * b.up.w.rows);
+  r.other = take(b.gate.w.rows > 0 ? tokens * b.gate.w.rows : 0);
+  r.attention = take(threads * attention_scratch(a));
+  r.linear = reinterpret_cast<std::uint8_t*>(take(0));
+  std::int64_t most = 0;
+  for (const Layer* layer : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
+    if (layer->w.rows == 0) continue;
+    const std::int64_t need = linear_bytes(*layer, tokens, threads, isa);
+    most = need > most ? need : most;
+  }
+  r.bytes = used + most + 64;
+  return r;
+}
+
+struct Run {
+  const Table& kernels;
+  int threads;
+  Isa isa;
+  std::uint8_t* scratch;
+
+  void linear(const Layer& layer, const float* x, std::int64_t tokens, float* out, const float* residual = nullptr,
+              Act act = Act::none) const {
+    const Linear one = job(layer, x, tokens, out, residual, act);
+    if (layer.int8) linear_int8(one, scratch, threads, isa);
+    else linear_float(one, reinterpret_cast<float*>(scratch), threads, isa);
+  }
+  void norm(const Norm& norm, const float* x, float* out, std::int64_t width, std::int64_t tokens) const {
+    parallel(threads, tokens, kFewTokens, [&](std::int64_t begin, std::int64_t end, int) {
+      kernels.norm_rows(norm, x, out, width, begin, end);
+    });
+  }
+};
+
+}  // namespace
+
+std::int64_t block_scratch(const Block& b, std::int64_t tokens, std::int64_t keys, std::int64_t queries, int threads, Isa isa) {
+  return cut(b, tokens, keys, queries, threads, isa, nullptr).bytes + 64;
+}
+
+void block_begin(const Block& b, const float* x, std::int64_t tokens, Rotary rotary, float* q, float* k, float* v,
+                 std::uint8_t* scratch, int threads, Isa isa) {
+  const Buffers to = cut(b, tokens, 0, 0, threads, isa, scratch);
+  const Run run{table(isa), threads, isa, to.linear};
+  if (b.pre_norm) {
+    run.norm(b.before, x, to.normed, b.width, tokens);
+    x = to.normed;
+  }
+  run.linear(b.q, x, tokens, q);
+  run.linear(b.k, x, tokens, k);
+  run.linear(b.v, x, tokens, v);
+  if (rotary.cos == nullptr) return;
+  parallel(threads, tokens, kFewTokens, [&](std::int64_t begin, std::int64_t end, int) {
+    run.kernels.rotate_rows(rotary, q, b.heads, b.dim, begin, end);
+    run.kernels.rotate_rows(rotary, k, b.kv_heads, b.dim, begin, end);
+  });
+}
+
+void block_end(const Block& b, const float* x, Attention attention, float* out, std::uint8_t* scratch, int threads, Isa isa) {
+  const std::int64_t tokens = attention.batch * attention.queries, wide = b.up.w.rows;
+  const Buffers to = cut(b, tokens, attention.keys, attention.queries, threads, isa, scratch);
+  const Run run{table(isa), threads, isa, to.linear};
+  attention.out = to.attended;
+  attention.out_at = {attention.queries * b.heads * b.dim, b.heads * b.dim, b.dim};
+  const std::int64_t own = attention_scratch(attention);
+  parallel(threads, attention.batch * attention.heads, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
+    run.kernels.attend(attention, begin, end, to.attention + thread * own);
+  });
+  run.linear(b.o, to.attended, tokens, to.hidden, x);
+  const float* into = to.hidden;
+  if (b.pre_norm) {
+    run.norm(b.after, to.hidden, to.normed, b.width, tokens);
+    into = to.normed;
+  } else {
+    run.norm(b.before, to.hidden, to.hidden, b.width, tokens);
+  }
+  if (b.gate.w.rows > 0) {
+    run.linear(b.gate, into, tokens, to.wide, nullptr, b.act);
+    run.linear(b.up, into, tokens, to.other);
+    parallel(threads, tokens * wide, 4096, [&](std::int64_t begin, std::int64_t end, int) {
+      run.kernels.multiply(to.wide, to.other, begin, end);
+    });
+  } else {
+    run.linear(b.up, into, tokens, to.wide, nullptr, b.act);
+  }
+  run.linear(b.down, to.wide, tokens, out, to.hidden);
+  if (!b.pre_norm) run.norm(b.after, out, out, b.width, tokens);
+}
+
+}  // namespace laconic
