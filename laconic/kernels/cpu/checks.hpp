@@ -77,5 +77,6 @@ inline int threads_of(Int threads) {
 void bind_linear(nanobind::module_& m);
 void bind_block(nanobind::module_& m);
 void bind_norm(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
 
 }  // namespace laconic::edge

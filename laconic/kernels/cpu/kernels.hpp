@@ -11,15 +11,16 @@
 
 namespace laconic {
 
-/// How a scale or a zero point is stored.
-enum class Dtype { none = 0, float32 = 1, float16 = 2, bfloat16 = 3, uint8 = 4 };
+/// How an array of numbers is stored.
+enum class Dtype { none = 0, float32 = 1, float16 = 2, bfloat16 = 3, uint8 = 4, int8 = 5 };
 
 inline std::size_t size_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::float32: return 4;
     case Dtype::float16:
     case Dtype::bfloat16: return 2;
-    case Dtype::uint8: return 1;
+    case Dtype::uint8:
+    case Dtype::int8: return 1;
     case Dtype::none: break;
   }
   return 0;

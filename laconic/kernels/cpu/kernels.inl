@@ -9,6 +9,7 @@
 #include "kernels.hpp"
 #include "linear.hpp"
 #include "norm.hpp"
+#include "sparse.hpp"
 #include "table.hpp"
 #include "unroll.hpp"
 
@@ -22,6 +23,7 @@
 #include "dequantize.inl"
 #include "hadamard.inl"
 #include "norm.inl"
+#include "sparse.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -45,6 +47,9 @@ static const Table kTable{
     .norm_backward = norm_backward,
     .add_parts = add_parts,
     .to_floats = to_floats,
+    .sparse_few = sparse_few,
+    .lay_columns = lay_columns,
+    .sparse_many = sparse_many,
 };
 
 }  // namespace laconic::LACONIC_TARGET

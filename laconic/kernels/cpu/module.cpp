@@ -99,4 +99,5 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_block(m);
   bind_norm(m);
+  bind_sparse(m);
 }

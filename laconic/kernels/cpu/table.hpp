@@ -7,6 +7,7 @@
 #include "block.hpp"
 #include "linear.hpp"
 #include "norm.hpp"
+#include "sparse.hpp"
 
 namespace laconic {
 
@@ -49,6 +50,9 @@ struct Table {
                         float* dbias, float* scratch);
   void (*add_parts)(const float* parts, std::int64_t count, std::int64_t d, float* out, std::int64_t begin, std::int64_t end);
   void (*to_floats)(const void* base, Dtype dtype, std::int64_t n, float offset, float* out);
+  void (*sparse_few)(const SparseLinear&, std::int64_t begin, std::int64_t end);
+  void (*lay_columns)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
+  void (*sparse_many)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
 };
 
 const Table& portable_table();
