@@ -51,7 +51,7 @@ OPTIONAL = {
 }
 
 # Every op that is registered with torch as `laconic::NAME`.
-OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequantize")
+OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequantize", "sparse_linear", "sparse_dense")
 
 State = Literal["passed", "failed", "skipped"]
 

@@ -1,12 +1,12 @@
 """The ops of laconic, registered with torch: `torch.ops.laconic.{linear,embedding,conv,experts,dequantize}`.
 
-Every op takes the packed weight as it lies in the artifact: `codes` (dense int32 words, a row per output), `scale`
+Every op takes the packed weight as it lies in the artifact: `codes` (int32 words, a row per output), `scale`
 (rows, G), and, where the scheme has one, `zero` (integer zero points packed along dim 0, or real ones as they are).
 `scheme` is the string form of a `Scheme`. Later arguments come by keyword, so the signatures need not change.
 
 The implementation here is the reference: unpack a tile of rows, dequantize it to float32, cast, and call the float
-operation of torch. Only unpacking and dequantizing go through the native kernel, where it is built; both give the same
-bits. Gradients are defined for the input, the bias and the residual; packed weights have none.
+operation of torch. Only unpacking and dequantizing integers go through the native kernel, where it is built; both give
+the same bits. Gradients are defined for the input, the bias and the residual; packed weights have none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from laconic.kernels import cpu_linear, native
-from laconic.numerics import Scheme, dequantize, unpack
+from laconic.numerics import Int, Scheme, dequantize, unpack_codes
 
 ACTIVATIONS = {
     "none": lambda y: y,
@@ -72,17 +72,17 @@ def unpack_zero(zero: Tensor | None, rows: int, scheme: Scheme) -> Tensor | None
     if zero is None or scheme.zero == "real":
         return zero
     # clone and not contiguous(): a (groups, 1) view counts as contiguous whatever its last stride, and has no bytes.
-    return unpack(zero.t().clone(memory_format=torch.contiguous_format), scheme.bits, rows).t().contiguous()
+    return unpack_codes(zero.t().clone(memory_format=torch.contiguous_format), scheme.element, rows).t().contiguous()
 
 
 def dequantize_rows(
     codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k: int, out: Tensor | None = None
 ) -> Tensor:
     """float32 (rows, k) of packed rows; `zero` already unpacked. Native where possible, else the reference."""
-    if native.load() is not None and codes.device.type == "cpu":
+    if isinstance(scheme.element, Int) and native.load() is not None and codes.device.type == "cpu":
         group = scheme.scale.group if scheme.scale.granularity == "group" else None
-        return native.dequantize(codes, scale, zero, group, scheme.bits, k, out=out)
-    values = dequantize(unpack(codes, scheme.bits, k), scale, zero, scheme)
+        return native.dequantize(codes, scale, zero, group, scheme.element.bits, k, out=out)
+    values = dequantize(unpack_codes(codes, scheme.element, k), scale, zero, scheme)
     return values if out is None else out.copy_(values)
 
 
@@ -183,7 +183,7 @@ _by_reference = False
 def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how = Scheme.parse(scheme)
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
+    fast = not _by_reference and isinstance(how.element, Int) and native.load() is not None and act in ACTIVATIONS
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
         if inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1]):
             return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=True)

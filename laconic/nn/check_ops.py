@@ -1,6 +1,6 @@
 """Every op of laconic on packed weights, against torch's own operation on the same weights unpacked.
 
-The reference goes by `laconic.numerics` alone: W = s (q - z) as float32, and then the float operation. What runs is
+The reference goes by `laconic.numerics` alone: W = s (q - z), or s T[q], as float32, and then the float operation. What runs is
 whatever is registered here, so a broken kernel, or one that was built for another machine, shows.
 """
 
@@ -14,7 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.numerics import Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.kernels import sparse as _sparse  # noqa: F401 - registers torch.ops.laconic.sparse_linear
+from laconic.numerics import (
+    Binary,
+    BlockSparse,
+    Int,
+    Levels,
+    Scale,
+    Scheme,
+    Sparse24,
+    Ternary,
+    affine_params,
+    dequantize,
+    mask_24,
+    mask_blocks,
+    quantize,
+)
 
 from .packed import PackedParameterSpec, pack_tensors
 
@@ -36,13 +51,17 @@ class _Packed(NamedTuple):
 
 
 def _matrices(rows: int, k: int) -> Iterator[_Packed]:
-    """A (rows, k) matrix in schemes of every kind of zero point and granularity."""
+    """A (rows, k) matrix in schemes of every kind of element, zero point and granularity."""
     for scheme in (
         Scheme(Int(8), Scale("channel")),
         Scheme(Int(5), Scale("tensor"), zero="int"),
         Scheme(Int(4), Scale("group", group=16, dtype="float16")),
         Scheme(Int(3), Scale("group", group=5, dtype="float16"), zero="int"),
         Scheme(Int(2), Scale("group", group=16, dtype="bfloat16"), zero="real"),
+        Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+        Scheme(Levels("fp4"), Scale("tensor")),
+        Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+        Scheme(Binary(), Scale("group", group=10, dtype="bfloat16", rule="absmean")),
     ):
         x = _noise(rows, k)
         scale, zero = affine_params(x, scheme)
@@ -102,6 +121,30 @@ def _dequantize(op: Op) -> Iterator[Case]:
             yield f"{(rows, k)}, {packed.scheme}", got, packed.weight
 
 
+def _sparse_matrices(rows: int, k: int) -> Iterator[tuple[dict[str, str], tuple[Tensor | None, ...], Tensor]]:
+    """Format, operands and float32 matrix: two of four and blocks, in every type of values."""
+    x = _noise(rows, k)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        two = Sparse24.pack(x * mask_24(x), dtype)
+        yield {"format": two.format}, (two.values, two.positions, None, two.scale), two.unpack()
+        for block in ((1, 4), (3, 2)):
+            some = BlockSparse.pack(x * mask_blocks(x, block, 0.4), block, dtype)
+            yield {"format": some.format}, (some.values, some.columns, some.starts, some.scale), some.unpack()
+
+
+def _sparse_linear(op: Op) -> Iterator[Case]:
+    for how, operands, weight in _sparse_matrices(6, 36):
+        for leading in ((), (3,), (2, 3)):
+            x, bias = _noise(*leading, 36), _noise(6)
+            got = op(x, *operands, bias, **how, act="silu")
+            yield how["format"], got, F.silu(F.linear(x, weight, bias))
+
+
+def _sparse_dense(op: Op) -> Iterator[Case]:
+    for how, operands, weight in _sparse_matrices(6, 36):
+        yield how["format"], op(*operands, **how, k=36, dtype=torch.float32), weight
+
+
 CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "linear": _linear,
     "embedding": _embedding,
@@ -109,6 +152,8 @@ CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "experts": _experts,
     "experts_input_grad": _experts_input_grad,
     "dequantize": _dequantize,
+    "sparse_linear": _sparse_linear,
+    "sparse_dense": _sparse_dense,
 }
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.kernels.ops import INT8_TOKENS  # and registers torch.ops.laconic
-from laconic.numerics import Scheme, pack
+from laconic.numerics import Scheme, pack_codes
 
 View = Literal["rows", "last", "transposed"]
 
@@ -109,11 +109,11 @@ def restore_view(matrix: Tensor, spec: PackedParameterSpec) -> Tensor:
 
 def pack_tensors(spec: PackedParameterSpec, codes: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
     """What is stored, by suffix, of unpacked codes (rows, k), scales and zero points (rows, G)."""
-    bits = spec.scheme.bits
-    stored = {"packed": pack(codes, bits), "scale": scale.contiguous()}
+    element = spec.scheme.element
+    stored = {"packed": pack_codes(codes, element), "scale": scale.contiguous()}
     if spec.scheme.zero == "int":
         assert zero is not None
-        stored["zero_point"] = pack(zero.t().contiguous(), bits).t().contiguous()
+        stored["zero_point"] = pack_codes(zero.t().contiguous(), element).t().contiguous()
     elif spec.scheme.zero == "real":
         assert zero is not None
         stored["zero"] = zero.contiguous()

@@ -1,13 +1,15 @@
-"""The affine map between real numbers and integer codes: scales, rounding, and back.
+"""The map between real numbers and codes: scales, rounding, and back. Affine for integers:
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
+
+and by a table of levels for the other elements (`codebook.py`), x^ = s T[q].
 
 Conventions, each tested:
 - symmetric (`zero="none"`): z = 2^(b-1), s = 2 amax / (2^b - 1) clipped so that both ends are used (the range
   is [-2^(b-1), 2^(b-1) - 1], the step that of compressed-tensors), asymmetric: the range is stretched to hold
   0, so that 0 is exact, s = (max - min) / (2^b - 1), z = round(-min / s) (`int`) or -min / s (`real`, where 0
   need not be exact and the range is not stretched).
-- all-zero groups store s = 1 and code z: they come back as exact zeros.
+- all-zero groups store s = 1 and code z: they come back as exact zeros (binary ones store s = 0).
 - rounding is to nearest, ties to even (torch.round), or stochastic: floor(x + u), u ~ U[0, 1) from an
   explicit generator.
 - scales are rounded to their storage type before codes are computed, and a scale that would round to zero or
@@ -20,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import codebook
+from .elements import Binary, Int, Ternary
 from .finite import check_finite
 from .scheme import Scheme
 
@@ -64,6 +68,9 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
         zeros = [zero for _, zero in parts if zero is not None]
         return torch.cat([scale for scale, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
     groups = grouped(x, scheme)
+    exact = scheme.scale.rule == "mse" and isinstance(scheme.element, Ternary)
+    if exact or scheme.scale.rule == "absmean":
+        return _scale_of_sizes(groups, scheme, name), None
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
         scale, zero = _search_mse(groups, low, high, scheme, name)
@@ -73,13 +80,16 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
 
 
 def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point for value ranges [low, high] (any shape): the end of every scale rule."""
+    """Scale and zero point for value ranges [low, high] (any shape): the end of every scale rule of integers.
+
+    Raises:
+        ScaleOutOfRange: a scale does not fit in the scale dtype.
+        ValueError: the element's scale does not follow from a range (binary).
+    """
+    if isinstance(scheme.element, Binary):
+        raise ValueError(f"{name}: the scale of a binary element is the mean of its sizes, and follows from no range")
     scale, stored, zero = _params(low, high, scheme)
-    if not bool(_storable(stored).all()):
-        raise ScaleOutOfRange(
-            f"{name}: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit in "
-            f"{scheme.scale.dtype}; store the scales of this tensor as float32"
-        )
+    _check_storable(_storable(stored), scale, scheme, name)
     if zero is not None and scheme.zero == "real" and not bool(torch.isfinite(zero).all()):
         raise ScaleOutOfRange(f"{name}: a real zero point does not fit in {scheme.scale.dtype}; store it as float32")
     return stored, zero
@@ -88,11 +98,14 @@ def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "te
 def quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1)."""
+    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1), or nearest levels."""
     rows, k = x.shape
     codes = torch.empty((rows, k), dtype=torch.uint8, device=x.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
+        if not isinstance(scheme.element, Int):
+            codes[begin:end] = codebook.codes_of(x[begin:end], s, scheme.element)
+            continue
         v = x[begin:end].float() / s + (z if scheme.zero == "real" else 0)
         noise = torch.rand(v.shape, generator=generator, device=v.device) if scheme.rounding == "stochastic" else None
         v = v.round() if noise is None else torch.floor(v + noise)
@@ -103,12 +116,15 @@ def quantize(
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
-    """Values (rows, k) float32 of codes: x^ = s * (q - z)."""
+    """Values (rows, k) float32 of codes: x^ = s * (q - z), or s T[q]."""
     rows, k = codes.shape
     out = torch.empty((rows, k), dtype=torch.float32, device=codes.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
-        out[begin:end] = (codes[begin:end].float() - z) * s
+        if isinstance(scheme.element, Int):
+            out[begin:end] = (codes[begin:end].float() - z) * s
+        else:
+            out[begin:end] = codebook.values_of(codes[begin:end], s, scheme.element)
     return out
 
 
@@ -136,6 +152,9 @@ def grouped(x: Tensor, scheme: Scheme) -> Tensor:
 
 def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scale in float32 and as stored, and zero point, of value ranges; not checked."""
+    if not isinstance(scheme.element, Int):
+        scale = codebook.range_scale(low, high)
+        return scale, scale.to(scheme.scale.torch_dtype), None
     top = scheme.element.levels - 1
     low, high = low.float(), high.float()
     if scheme.zero != "real":
@@ -150,6 +169,33 @@ def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, 
     if scheme.zero == "int":
         return scale, stored, zero.round().clamp(0, top).nan_to_num(0).to(torch.uint8)
     return scale, stored, zero.to(scheme.scale.torch_dtype)
+
+
+def _scale_of_sizes(groups: Tensor, scheme: Scheme, name: str) -> Tensor:
+    """Stored scales (rows, G) of groups (rows, G, g), by a rule that looks at more than their ranges."""
+    element = scheme.element
+    assert not isinstance(element, Int)
+    if scheme.scale.rule == "mse":
+        return _stored(codebook.ternary_mse_scale(groups), scheme, name)
+    # A binary scale may be zero only where all numbers are.
+    empty = (groups == 0).all(-1) if isinstance(element, Binary) else None
+    return _stored(codebook.absmean_scale(groups, element), scheme, name, empty)
+
+
+def _stored(scale: Tensor, scheme: Scheme, name: str, allowed: Tensor | None = None) -> Tensor:
+    """Scales in their storage type; refused by name where they do not fit, but for those `allowed`."""
+    stored = scale.to(scheme.scale.torch_dtype)
+    storable = _storable(stored)
+    _check_storable(storable if allowed is None else storable | allowed, scale, scheme, name)
+    return stored
+
+
+def _check_storable(storable: Tensor, scale: Tensor, scheme: Scheme, name: str) -> None:
+    if not bool(storable.all()):
+        raise ScaleOutOfRange(
+            f"{name}: scales from {float(scale.min()):.3g} to {float(scale.max()):.3g} do not fit in "
+            f"{scheme.scale.dtype}; store the scales of this tensor as float32"
+        )
 
 
 def _storable(stored: Tensor) -> Tensor:
@@ -207,7 +253,11 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     usable = _storable(stored)
     if zero is not None and scheme.zero == "real":
         usable &= torch.isfinite(zero)
-    grids = _Grids(scheme, stored.float(), None if zero is None else zero.float())
+    grids = (
+        _Grids(scheme, stored.float(), None if zero is None else zero.float())
+        if isinstance(scheme.element, Int)
+        else _Tables(scheme.element, stored.float())
+    )
     bound = torch.empty_like(stored, dtype=torch.float32)
     for i in range(len(shrunk)):
         e = grids.errors(x, i).abs_()
@@ -251,6 +301,18 @@ class _Grids:
         else:
             torch.clamp(q.round_(), self.lowest[pick], self.highest[pick], out=q)
         return q.mul_(scale).sub_(x)
+
+
+class _Tables:
+    """As `_Grids`, for an element with a table; errors without their sign."""
+
+    def __init__(self, element: codebook.Coded, scale: Tensor) -> None:
+        self.element, self.scale = element, scale
+
+    def errors(self, x: Tensor, pick: int | tuple[Tensor, Tensor]) -> Tensor:
+        """|x^ - x| of columns x (g, m) under the picked scales (m,)."""
+        scale = self.scale[pick]
+        return codebook.distance(torch.div(x, scale), self.element).mul_(scale)
 
 
 def _expanded(

@@ -3,7 +3,9 @@
 The dense layout is one LSB-first bit stream per row: code i of b bits occupies bits b*i .. b*i+b-1 of the
 row, codes cross byte and word borders, and a row is padded with zero bits to whole little-endian 32-bit
 words. For 2, 4 and 8 bits these are the bytes of compressed-tensors (every release), GPTQ's word order and
-llama.cpp's bit order within a byte; for other widths those of compressed-tensors' current packer.
+llama.cpp's bit order within a byte; for other widths those of compressed-tensors' current packer. It holds integers,
+indices of level tables, and signs (1 bit, set for +1). Ternary codes have a layout of their own, `base3`: see
+`base3.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .scheme import words_per_row
+from .base3 import pack_base3, unpack_base3
+from .elements import Element, Ternary, words_per_row
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine in reach
     raise ImportError("laconic stores little-endian words and has not been built for big-endian machines")
@@ -22,17 +25,45 @@ if sys.byteorder != "little":  # pragma: no cover - no such machine in reach
 
 @dataclass(frozen=True)
 class Layout:
-    """How codes lie in bytes. `dense` is the only one so far; kernels read it as it lies, on every ISA."""
+    """How codes lie in bytes: `dense` or `base3`; kernels read them as they lie, on every ISA."""
 
     name: str = "dense"
     word_bits: int = 32
 
     def shape(self, rows: int, k: int, bits: int) -> tuple[int, int]:
-        """Shape of the int32 words that hold a (rows, k) matrix of `bits`-bit codes."""
-        return rows, words_per_row(k, bits)
+        """Shape of the int32 words that hold a (rows, k) matrix of `bits`-bit codes (ternary ones in `base3`)."""
+        return rows, Ternary().words(k) if self.name == "base3" else words_per_row(k, bits)
 
 
 DENSE = Layout()
+BASE3 = Layout("base3")
+
+
+def layout_of(element: Element) -> Layout:
+    """The layout in which codes of an element are stored."""
+    return BASE3 if isinstance(element, Ternary) else DENSE
+
+
+def pack_codes(codes: Tensor, element: Element) -> Tensor:
+    """Words (rows, element.words(k)) int32 of the codes (rows, k) uint8 of an element, in its layout.
+
+    Raises:
+        ValueError: a code is not one of the element's, or the shape or type is another.
+    """
+    if isinstance(element, Ternary):
+        return pack_base3(codes)
+    return pack(codes, element.bits)
+
+
+def unpack_codes(words: Tensor, element: Element, k: int) -> Tensor:
+    """Codes (rows, k) uint8 of an element of words in its layout: the inverse of `pack_codes`.
+
+    Raises:
+        ValueError: shape or type do not belong to `k` codes of this element.
+    """
+    if isinstance(element, Ternary):
+        return unpack_base3(words, k)
+    return unpack(words, element.bits, k)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

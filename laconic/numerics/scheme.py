@@ -1,16 +1,17 @@
 """`Scheme`: how the numbers of one tensor are stored, as a value that prints and parses.
 
-A scheme says what a stored element is (`Int`, and later floats, level tables, ternary and bit planes), how
-the scale is shared and chosen (`Scale`), whether there is a zero point, and how values are rounded. How codes
-lie in bytes is *not* part of it: that is `Layout`, so that kernels may be tested by bytes and schemes by
-numbers.
+A scheme says what a stored element is (`Int`, `Levels`, `Ternary` or `Binary`), how the scale is shared and chosen
+(`Scale`), whether there is a zero point, and how values are rounded. How codes lie in bytes is *not* part of it: that
+is `Layout`, so that kernels may be tested by bytes and schemes by numbers.
 
 The affine map of the integer element, with b bits and unsigned codes q in [0, 2^b - 1]:
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
 
 `zero="none"` fixes z = 2^(b-1), so the code is the two's complement value plus 2^(b-1), as compressed-tensors
-stores it.
+stores it. The other elements have tables of levels around 0 and no zero point:
+
+    q = the code of the level nearest to x / s         x^ = s T[q]
 """
 
 from __future__ import annotations
@@ -22,42 +23,19 @@ from typing import Literal
 
 import torch
 
+from .elements import Element, Int, Rule, parse_element
+
 VERSION = "v1"
 
 Granularity = Literal["tensor", "channel", "group", "token"]
 Zero = Literal["none", "int", "real"]
 Rounding = Literal["nearest", "stochastic"]
-Rule = Literal["minmax", "percentile", "mse"]
 
 SCALE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class Int:
-    """Integer element of `bits` bits, 2 to 8 (1 bit packs, but has no useful affine scheme)."""
-
-    bits: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise ValueError(f"Int(bits={self.bits!r}): integer elements have 2 to 8 bits")
-
-    @property
-    def levels(self) -> int:
-        """Number of codes, 2^b."""
-        return 1 << self.bits
-
-    def __str__(self) -> str:
-        return f"int{self.bits}"
-
-
-# Float, Levels, Ternary and Planes elements join this union when the quantization family lands; every place
-# that looks inside an element asks `isinstance(..., Int)` and raises for what it does not know.
-Element = Int
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,8 @@ class Scale:
         dtype: storage type; values are rounded to it *before* codes are computed, so that file and codes
             agree.
         rule: `minmax`; `percentile` (from the `100 - percentile` % to the `percentile` % quantile); `mse` (a
-            grid over shrunken ranges, least sum of |x^ - x|^2.4).
+            grid over shrunken ranges, least sum of |x^ - x|^2.4; of ternary numbers the least squares, exactly);
+            `absmean` (the mean of |x|, for ternary and binary numbers).
         percentile: used by `percentile`.
         outer: scheme of the scales themselves (double quantization); reserved.
     """
@@ -89,23 +68,20 @@ class Scale:
             raise ValueError(f"Scale(granularity={self.granularity!r}): one of tensor, channel, group, token")
         if (self.granularity == "group") != (self.group is not None):
             raise ValueError(
-                f"Scale(granularity={self.granularity!r}, group={self.group!r}): `group` belongs to "
-                "granularity 'group'"
+                f"Scale(granularity={self.granularity!r}, group={self.group!r}): `group` belongs to granularity 'group'"
             )
         if self.group is not None and self.group < 1:
             raise ValueError(f"Scale(group={self.group}): a group has at least one element")
         if self.dtype not in SCALE_DTYPES:
             raise ValueError(f"Scale(dtype={self.dtype!r}): one of {', '.join(SCALE_DTYPES)}")
-        if self.rule not in ("minmax", "percentile", "mse"):
-            raise ValueError(f"Scale(rule={self.rule!r}): one of minmax, percentile, mse")
+        if self.rule not in ("minmax", "percentile", "mse", "absmean"):
+            raise ValueError(f"Scale(rule={self.rule!r}): one of minmax, percentile, mse, absmean")
         if not 50.0 < self.percentile <= 100.0:
             raise ValueError(f"Scale(percentile={self.percentile}): in (50, 100]")
         if self.rule != "percentile":
             object.__setattr__(self, "percentile", 99.9)  # not printed, so it must not tell two schemes apart
         if self.outer is not None:
-            raise NotImplementedError(
-                "Scale(outer=...): quantized scales are reserved in the type and not built yet"
-            )
+            raise NotImplementedError("Scale(outer=...): quantized scales are reserved in the type and not built yet")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -141,18 +117,26 @@ class Scheme:
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.element, Int):
-            raise NotImplementedError(
-                f"Scheme(element={self.element!r}): only integer elements are built so far"
+        if not isinstance(self.element, Element):
+            raise TypeError(f"Scheme(element={self.element!r}): one of Int, Levels, Ternary, Binary")
+        if self.scale.rule not in self.element.rules:
+            rules = " or ".join(repr(rule) for rule in self.element.rules)
+            raise ValueError(
+                f"Scheme({self.element}, rule={self.scale.rule!r}): scales of {self.element} go by {rules}"
             )
         if self.zero not in ("none", "int", "real"):
             raise ValueError(f"Scheme(zero={self.zero!r}): one of none, int, real")
         if self.rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Scheme(rounding={self.rounding!r}): one of nearest, stochastic")
+        if not isinstance(self.element, Int) and (self.zero, self.rounding) != ("none", "nearest"):
+            raise ValueError(
+                f"Scheme({self.element}, zero={self.zero!r}, rounding={self.rounding!r}): a zero point and stochastic "
+                "rounding belong to integers, other elements have zero 'none' and rounding 'nearest'"
+            )
 
     @property
-    def bits(self) -> int:
-        """Bits of a code."""
+    def bits(self) -> float:
+        """Bits of a code as it is stored: 1.6 of a ternary one, else whole."""
         return self.element.bits
 
     @property
@@ -168,12 +152,8 @@ class Scheme:
 
     def __str__(self) -> str:
         share = self.scale.granularity + (str(self.scale.group) if self.scale.group is not None else "")
-        rule = self.scale.rule + (
-            f"{float(self.scale.percentile)!r}" if self.scale.rule == "percentile" else ""
-        )
-        return "/".join(
-            [VERSION, str(self.element), share, self.scale.dtype, rule, "z" + self.zero, self.rounding]
-        )
+        rule = self.scale.rule + (f"{float(self.scale.percentile)!r}" if self.scale.rule == "percentile" else "")
+        return "/".join([VERSION, str(self.element), share, self.scale.dtype, rule, "z" + self.zero, self.rounding])
 
     @staticmethod
     def parse(text: str) -> Scheme:
@@ -185,11 +165,11 @@ class Scheme:
         scale_rows = 1 if self.scale.granularity == "tensor" else rows
         groups = 1 if self.scale.granularity == "tensor" else self.scale.groups(k)
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "packed": (torch.int32, (rows, words_per_row(k, self.bits))),
+            "packed": (torch.int32, (rows, self.element.words(k))),
             "scale": (self.scale.torch_dtype, (scale_rows, groups)),
         }
         if self.zero == "int":
-            stored["zero_point"] = (torch.int32, (words_per_row(scale_rows, self.bits), groups))
+            stored["zero_point"] = (torch.int32, (self.element.words(scale_rows), groups))
         elif self.zero == "real":
             stored["zero"] = (self.scale.torch_dtype, (scale_rows, groups))
         return stored
@@ -207,11 +187,6 @@ class Scheme:
         return self.scale.granularity != "group" or (k > 0 and k % self.scale.group_of(k) == 0)
 
 
-def words_per_row(k: int, bits: int) -> int:
-    """32-bit words that hold `k` codes of `bits` bits, dense."""
-    return -(-k * bits // 32)
-
-
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Scheme:
     parts = text.split("/")
@@ -219,11 +194,11 @@ def _parse(text: str) -> Scheme:
         raise ValueError(f"scheme {text!r}: expected 7 parts separated by '/', got {len(parts)}")
     version, element, share, dtype, rule, zero, rounding = parts
     if version != VERSION:
-        raise ValueError(
-            f"scheme {text!r}: version {version!r} is not known here (this laconic reads {VERSION})"
-        )
-    if not (element.startswith("int") and element[3:].isdigit()):
-        raise ValueError(f"scheme {text!r}: element {element!r} is not known (int2 to int8)")
+        raise ValueError(f"scheme {text!r}: version {version!r} is not known here (this laconic reads {VERSION})")
+    try:
+        parsed = parse_element(element)
+    except ValueError as error:
+        raise ValueError(f"scheme {text!r}: {error}") from None
     group = share.removeprefix("group") if share.startswith("group") else None
     if group is not None and not group.isdigit():
         raise ValueError(f"scheme {text!r}: {share!r} needs a group length, as in group64")
@@ -242,7 +217,7 @@ def _parse(text: str) -> Scheme:
         rule=rule,  # type: ignore[arg-type]
         percentile=percentile,
     )
-    scheme = Scheme(Int(int(element[3:])), scale, zero[1:], rounding)  # type: ignore[arg-type]
+    scheme = Scheme(parsed, scale, zero[1:], rounding)  # type: ignore[arg-type]
     if str(scheme) != text:
         raise ValueError(f"scheme {text!r}: spelled {str(scheme)!r}")
     return scheme

@@ -25,7 +25,7 @@ from laconic import __version__
 from laconic.core.record import FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
-from laconic.numerics import Scheme
+from laconic.numerics import Int, Scheme
 from laconic.pipeline.source_base import Source
 from laconic.pipeline.source_folder import EXTRAS
 from laconic.pipeline.tensorfile import CHUNK, SINGLE
@@ -160,7 +160,8 @@ def _foreign(model: nn.Module) -> dict[str, Any]:
     for path, spec in packed_specs(model).items():
         module_path, _, name = path.rpartition(".")
         scheme, k = spec.scheme, spec.matrix[1]
-        fits = scheme.zero != "real" and scheme.scale.granularity in ("channel", "group") and scheme.fits(k)
+        fits = isinstance(scheme.element, Int) and scheme.zero != "real" and scheme.fits(k)
+        fits = fits and scheme.scale.granularity in ("channel", "group")
         if name == "weight" and isinstance(model.get_submodule(module_path), nn.Linear) and fits:
             # Their reader wants a length that the row has, ours cuts one that is longer.
             length = scheme.scale.group_of(k) if scheme.scale.granularity == "group" else None

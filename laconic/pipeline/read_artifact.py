@@ -13,6 +13,8 @@ float32,
 
     w = s * (q - z)        z = 2^(b-1) where nothing is stored
 
+or, for schemes of levels, ternary and binary numbers, w = s * T[q] with a table T. Ternary codes lie five to a byte.
+
 laconic.json says per parameter which it is, and how the matrix lies in the parameter's shape.
 """
 
@@ -28,6 +30,19 @@ import numpy as np
 DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8",
     "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "C64": "<c8",
+}  # fmt: skip
+
+# What the codes of these schemes stand for; the numbers are those of float32.
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+TABLES = {
+    "levelsnf4": np.array([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ], np.float32),
+    "levelsfp4": np.array([sign * x / 6 for sign in (1, -1) for x in FP4], np.float32),
+    "ternary": np.array([-1, 0, 1], np.float32),
+    "binary": np.array([-1, 1], np.float32),
 }  # fmt: skip
 
 
@@ -76,8 +91,12 @@ class Artifact:
         spec = self.packed[path]["spec"]
         shape, scheme = tuple(spec["shape"]), Scheme(spec["scheme"])
         rows, k = matrix_shape(shape, spec["view"])
-        codes = unpack(self.tensor(f"{path}_packed"), scheme.bits, k)
+        words = self.tensor(f"{path}_packed")
+        codes = unpack_ternary(words, k) if scheme.element == "ternary" else unpack(words, scheme.bits, k)
         scale = self.tensor(f"{path}_scale").astype(np.float32)
+        if scheme.table is not None:
+            matrix = scheme.spread(scale, k) * scheme.table[codes]
+            return matrix.T if spec["view"] == "transposed" else matrix.reshape(shape)
         if scheme.zero == "int":
             words = np.ascontiguousarray(self.tensor(f"{path}_zero_point").T)
             zero = unpack(words, scheme.bits, len(scale)).T.astype(np.float32)
@@ -94,11 +113,11 @@ class Scheme:
 
     def __init__(self, text):
         parts = text.split("/")
-        if len(parts) != 7 or parts[0] != "v1" or not parts[1].startswith("int"):
-            raise ValueError(
-                f"the scheme {text!r} is newer than this reader: take the one of the newer laconic"
-            )
-        self.bits = int(parts[1][3:])
+        if len(parts) != 7 or parts[0] != "v1" or not (parts[1].startswith("int") or parts[1] in TABLES):
+            raise ValueError(f"the scheme {text!r} is newer than this reader: take the one of the newer laconic")
+        self.element = parts[1]
+        self.table = TABLES.get(self.element)
+        self.bits = int(self.element[3:]) if self.table is None else (len(self.table) - 1).bit_length()
         self.group = int(parts[2][5:]) if parts[2].startswith("group") else None
         self.zero = parts[5][1:]
 
@@ -112,13 +131,18 @@ class Scheme:
 def unpack(words, bits, k):
     """Codes (rows, k) uint8 of words (rows, ceil(k * bits / 32))."""
     stream = np.ascontiguousarray(words).view(np.uint8).reshape(words.shape[0], -1)
-    stream = np.pad(stream, ((0, 0), (0, 1))).astype(
-        np.uint16
-    )  # the last code may look at a byte behind the end
+    stream = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # the last code may look at a byte behind the end
     start = np.arange(k) * bits
     byte, shift = start // 8, (start % 8).astype(np.uint16)
     pairs = stream[:, byte] | (stream[:, byte + 1] << np.uint16(8))
     return ((pairs >> shift) & np.uint16((1 << bits) - 1)).astype(np.uint8)
+
+
+def unpack_ternary(words, k):
+    """Codes (rows, k) of words (rows, ceil(k / 20)): digits of 3, the first of five leads, in a fraction of 256."""
+    rest = np.ascontiguousarray(words).view(np.uint8).reshape(words.shape[0], -1)
+    digits = np.stack([(rest * np.uint8(3**i)).astype(np.uint16) * 3 >> 8 for i in range(5)], axis=2)
+    return digits.reshape(words.shape[0], -1)[:, :k]
 
 
 def matrix_shape(shape, view):
@@ -145,16 +169,10 @@ def main(arguments):
         return 0
     for name in arguments:
         if name not in artifact.names():
-            print(
-                f"there is no weight {name!r} here: run read.py without arguments for a list", file=sys.stderr
-            )
+            print(f"there is no weight {name!r} here: run read.py without arguments for a list", file=sys.stderr)
             return 2
         w = artifact.weight(name)
-        said = (
-            f"mean {w.mean():.6g}, std {w.std():.6g}, min {w.min():.6g}, max {w.max():.6g}"
-            if w.size
-            else "empty"
-        )
+        said = f"mean {w.mean():.6g}, std {w.std():.6g}, min {w.min():.6g}, max {w.max():.6g}" if w.size else "empty"
         print(f"{name}  {w.shape}  {said}")
     return 0
 

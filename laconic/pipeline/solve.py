@@ -22,7 +22,7 @@ from laconic.core.record import Record, owner_of
 from laconic.core.structure import Structure
 from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors, restore_view
-from laconic.numerics import Scheme
+from laconic.numerics import Int, Scheme
 from laconic.quant import Hessian, Matrix, bias_correction, solve_calibrated
 
 from .residency import InMemory, Streamed
@@ -88,7 +88,9 @@ def solve(job: Solving) -> list[Record]:
 
 def _looks_at_data(job: Solving, unit: Unit) -> bool:
     scheme = job.decision[unit.name]
-    fits = unit.op in ("linear", "conv") and len(unit.names) == 1 and scheme is not None and scheme.bits <= GPTQ_BITS
+    if scheme is None or not isinstance(scheme.element, Int):  # levels, ternary and binary codes: to nearest
+        return False
+    fits = unit.op in ("linear", "conv") and len(unit.names) == 1 and scheme.bits <= GPTQ_BITS
     return fits and (job.method == "gptq" or _bias(job, unit) is not None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors
-from laconic.numerics import Scheme, pack
+from laconic.numerics import Scheme, pack_codes
 from laconic.quant import round_to_nearest
 
 from .source import Source, check_finite
@@ -70,7 +70,7 @@ def round_rows(read: Callable[[int, int], Tensor], unit: Unit, scheme: Scheme) -
     for begin in range(0, leading, step):
         matrix = matrix_view(read(begin, min(begin + step, leading)), unit.view)
         solved = round_to_nearest(matrix, scheme, unit.name)
-        words[at : at + matrix.shape[0]] = pack(solved.codes, scheme.bits).cpu()
+        words[at : at + matrix.shape[0]] = pack_codes(solved.codes, scheme.element).cpu()
         at += matrix.shape[0]
         scales.append(solved.scale.cpu())
         if solved.zero is not None:

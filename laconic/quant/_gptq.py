@@ -71,7 +71,7 @@ from laconic.numerics import Scheme, affine_params, check_finite
 
 from ._products import fast_products
 from ._rtn import Solved
-from ._weights import PackWeights
+from ._weights import PackWeights, check_integers
 
 # Rows of X taken at a time, and the width of the panels of H's lower triangle.
 TOKENS = 8192
@@ -407,6 +407,7 @@ def gptq_rows(
         names: the parameters' paths, for messages.
     """
     sizes, k, name = [len(W) for W in matrices], factor.unit.shape[0], ", ".join(names)
+    check_integers(scheme, name, "gptq")
     for one, W in zip(names, matrices, strict=True):
         check_finite(W, one)
     rows, device = sum(sizes), factor.unit.device

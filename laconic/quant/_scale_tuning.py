@@ -49,6 +49,7 @@ from laconic.core.card import Card
 from laconic.numerics import Scheme, dequantize
 
 from ._rtn import Solved
+from ._weights import check_integers
 
 # Elements of a chunk of rows; about six temporaries of this size live at once.
 CHUNK = 1 << 22
@@ -177,6 +178,7 @@ def refine_codes(
     """
     if solved.g_idx is not None:
         raise ValueError("refine_codes: groups must be runs of columns")
+    check_integers(scheme, "refine_codes", "descent over the codes")
     k = W.shape[1]
     diagonal = H.diagonal()
     added = damp * float(diagonal.double().mean()) if k else 0.0

@@ -11,7 +11,7 @@ from laconic.core.passes import Decision, Scope, Stage
 from laconic.core.record import Record, apply_records
 from laconic.core.structure import Structure
 from laconic.core.units import Unit, find_units
-from laconic.numerics import Scheme
+from laconic.numerics import Int, Scheme
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ class PackWeights:
 
     def _unit(self, path: str, structure: Structure, model: nn.Module) -> Unit:
         return next(u for u in find_units(model, structure) if u.name == path)
+
+
+def check_integers(scheme: Scheme, name: str, method: str) -> None:
+    """Refuse a scheme whose codes are not evenly spaced integers, for a method that reckons with them.
+
+    Raises:
+        ValueError: naming the parameter, the scheme and what takes it.
+    """
+    if not isinstance(scheme.element, Int):
+        raise ValueError(f"{name}: {method} works on integer codes, not on {scheme}; round it to nearest (rtn) instead")
 
 
 CARD = None  # passes share this; it is none itself

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laconic.kernels import native, ops
 from laconic.nn import PackedParameterSpec, declare, fill, pack_tensors
-from laconic.numerics import Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, dequantize, quantize
 
 laconic = torch.ops.laconic
 
@@ -30,6 +30,13 @@ SCHEMES = [
         (2, "group", 16, "float16", "real"),
         (2, "tensor", None, "bfloat16", "none"),
     )
+]
+CODEBOOKS = [
+    Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+    Scheme(Levels("fp4"), Scale("tensor", dtype="bfloat16")),
+    Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+    Scheme(Ternary(), Scale("group", group=16, dtype="float32", rule="mse")),
+    Scheme(Binary(), Scale("group", group=5, dtype="float16", rule="absmean")),
 ]
 
 
@@ -83,7 +90,7 @@ def road(request, monkeypatch):
 # --- values -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize(("rows", "k"), [(1, 1), (7, 33), (24, 64), (5, 130)])
 def test_dequantize(road, scheme, rows, k):
     w = packed(scheme, rows, k)
@@ -91,7 +98,7 @@ def test_dequantize(road, scheme, rows, k):
     assert torch.equal(found, w.weight)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize("shape", [(33,), (4, 33), (2, 3, 33), (0, 33), (2, 0, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_linear(road, scheme, shape, dtype):
@@ -115,7 +122,7 @@ def test_a_first_call_in_inference_mode_spoils_no_later_one(road, monkeypatch):
 def test_linear_in_tiles(road, monkeypatch):
     """A weight of several tiles, the last one short: the same numbers up to the order of sums."""
     monkeypatch.setattr(ops, "TILE", 100)
-    for scheme in SCHEMES:
+    for scheme in (*SCHEMES, *CODEBOOKS):
         w, x, bias = packed(scheme, 17, 33), noise(4, 33), noise(17)
         found = laconic.linear(x, *w.operands, bias, None, scheme=str(scheme), act="relu")
         torch.testing.assert_close(found, F.relu(F.linear(x, w.weight, bias)))
@@ -139,7 +146,7 @@ def test_unknown_activation_and_scheme():
         laconic.linear(x, *w.operands, scheme="int4")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
 def test_embedding(road, scheme, shape):
     w = packed(scheme, 11, 19)
@@ -158,7 +165,7 @@ def test_embedding_refuses_ids_outside_as_torch_does(bad):
         laconic.embedding(torch.tensor([bad]), *w.operands, scheme=str(w.scheme), dim=19, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 @pytest.mark.parametrize(
     ("dims", "options"),
     [(1, {}), (1, {"stride": [2], "padding": [3], "dilation": [2]}), (2, {"groups": 2}),
@@ -178,7 +185,7 @@ def test_conv(road, scheme, dims, options):
         assert torch.equal(found, function(x, weight, bias, **given))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_experts(road, scheme):
     count, out, k = 3, 5, 13
     w = packed(scheme, count * out, k)
@@ -195,7 +202,7 @@ def test_experts(road, scheme):
 # --- the two roads ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_native_equals_reference(scheme, monkeypatch):
     if native.load() is None:
         pytest.skip("the kernel is not built")
@@ -222,7 +229,7 @@ def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), inputs))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:7:3], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES[:7:3], *CODEBOOKS[::2]], ids=str)
 @pytest.mark.parametrize("act", ["none", "gelu"])
 def test_linear_gradients(scheme, act):
     w = packed(scheme, 9, 33)
@@ -285,7 +292,7 @@ def test_packed_tensors_have_no_gradient():
 # --- what torch asks of an op -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_opcheck(scheme):
     text = {"scheme": str(scheme)}
     w = packed(scheme, 6, 20)
@@ -305,7 +312,7 @@ def test_opcheck(scheme):
     torch.library.opcheck(laconic.experts_input_grad.default, (noise(3, 3), index, *w.operands), {**text, "k": 20})
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[::4], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES[::4], *CODEBOOKS[::2]], ids=str)
 def test_export_of_a_packed_linear(scheme):
     """The exported program calls the op, and takes any batch size."""
     module = nn.Linear(20, 6)

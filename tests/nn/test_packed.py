@@ -23,7 +23,7 @@ from laconic.nn import (
     unpack_parameter,
 )
 from laconic.nn.packed import Packed, op_of
-from laconic.numerics import Int, Scale, Scheme, affine_params, quantize
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, quantize
 
 INT8 = Scheme(Int(8), Scale("group", group=16, dtype="float16"), zero="int")
 SCHEMES = [
@@ -32,6 +32,9 @@ SCHEMES = [
     Scheme(Int(5), Scale("tensor", dtype="float16"), zero="real"),
     Scheme(Int(4), Scale("group", group=16, dtype="bfloat16"), zero="int"),
     Scheme(Int(3), Scale("channel", dtype="float16"), zero="real"),
+    Scheme(Levels("nf4"), Scale("group", group=16, dtype="float16")),
+    Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+    Scheme(Binary(), Scale("group", group=16, dtype="bfloat16", rule="absmean")),
 ]
 
 
@@ -82,7 +85,7 @@ def test_linear(scheme, bias):
     for shape in ((21,), (4, 21), (2, 3, 21), (0, 21)):
         assert torch.equal(packed(noise(*shape)), floats(noise(*shape)))
     assert torch.equal(packed.weight, floats.weight)
-    assert "v1/int" in repr(packed) and "in_features=21" in repr(packed)
+    assert str(scheme) in repr(packed) and "in_features=21" in repr(packed)
 
 
 def test_linear_refuses_another_width():
@@ -90,9 +93,7 @@ def test_linear_refuses_another_width():
     packed = nn.Linear(21, 9)
     pack(packed)
     for width in (20, 22):
-        with pytest.raises(
-            RuntimeError, match=rf"takes 21 features and got an input of shape \(4, {width}\)"
-        ):
+        with pytest.raises(RuntimeError, match=rf"takes 21 features and got an input of shape \(4, {width}\)"):
             packed(noise(4, width))
 
 
@@ -313,9 +314,7 @@ def experts(kind: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     common = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
     if kind == "mixtral":
-        config = transformers.MixtralConfig(
-            **common, intermediate_size=20, num_local_experts=3, num_key_value_heads=2
-        )
+        config = transformers.MixtralConfig(**common, intermediate_size=20, num_local_experts=3, num_key_value_heads=2)
         module = transformers.models.mixtral.modeling_mixtral.MixtralExperts(config)
     else:
         config = transformers.Qwen2MoeConfig(**common, moe_intermediate_size=20, num_experts=3)

@@ -17,7 +17,7 @@ from torch import nn
 from laconic.core.record import FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import unpack_parameter
-from laconic.numerics import Int, Scale, Scheme
+from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary
 from laconic.pipeline.artifact import read_manifest, structural, write_artifact_files
 from laconic.pipeline.source import resolve
 from tests.pipeline.artifacts import round_records, rounded, write_artifact
@@ -38,6 +38,13 @@ SCHEMES = [
         (2, "tensor", "float32", "real"),
         (2, "channel", "bfloat16", "int"),
     )
+]
+CODEBOOKS = [
+    Scheme(Levels("nf4"), Scale("group", group=32, dtype="float16")),
+    Scheme(Levels("fp4"), Scale("tensor", dtype="bfloat16")),
+    Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
+    Scheme(Ternary(), Scale("group", group=32, dtype="float32", rule="mse")),
+    Scheme(Binary(), Scale("group", group=10, dtype="float16", rule="absmean")),
 ]
 
 
@@ -247,14 +254,12 @@ def alone(folder: Path, out: Path) -> dict[str, np.ndarray]:
     """All weights by the folder's own read.py, in a Python without torch and laconic."""
     probe = out.with_suffix(".py")
     probe.write_text(PROBE)
-    done = subprocess.run(
-        [sys.executable, "-I", probe, folder, out], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-I", probe, folder, out], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(np.load(out))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODEBOOKS], ids=str)
 def test_read_py_equals_torch(tmp_path, scheme):
     """Conv1D (transposed), embeddings and a tie of GPT-2, in all schemes."""
     source = resolve(ZOO["gpt2"].build())
@@ -314,10 +319,7 @@ def test_read_py_is_short_and_numpy_only():
     text = (Path(__file__).parents[2] / "laconic" / "pipeline" / "read_artifact.py").read_text()
     assert len(text.splitlines()) <= 200
     imported = {
-        alias.name
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Import)
-        for alias in node.names
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
     }
     assert imported == {"json", "struct", "sys", "numpy"}
 

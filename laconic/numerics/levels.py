@@ -1,0 +1,31 @@
+"""Tables of levels, by name: what each code of a `Levels` element stands for, normalized to largest size 1.
+
+- `nf4`, NormalFloat (Dettmers et al., QLoRA, arXiv 2305.14314): quantiles of a normal distribution, half of them for
+  each side of an exact 0, code 7. With Q its quantile function and d = 0.9677083 (the mean of 1 - 1/30 and 1 - 1/32),
+  the levels are -Q(p) for 8 numbers p from d to 1/2 and Q(p) for 9 numbers p from 1/2 to d, evenly spaced, over Q(d).
+- `fp4`, the float with one sign, two exponent and one mantissa bit (e2m1, OCP Microscaling Formats 1.0): 0, 1/2, 1,
+  3/2, 2, 3, 4 and 6, over 6. The code is the float's own bit pattern, so 8 is -0, which rounding never gives.
+
+The values are those of float32: every reader of a file must multiply by the same ones.
+"""
+
+from __future__ import annotations
+
+import struct
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _float32(x: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": _NF4,
+    "fp4": tuple(_float32(sign * x / 6) for sign in (1, -1) for x in _E2M1),
+}
