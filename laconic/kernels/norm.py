@@ -21,17 +21,15 @@ to rounding of float32, and give the same bits from run to run and for any numbe
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from laconic.kernels import native
 
-__all__ = ["backward", "backward_reference", "forward", "reference"]
+__all__ = ["DTYPES", "backward", "backward_reference", "forward", "reference"]
 
 _NUMBER = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # dtype numbers of the extension
+DTYPES = tuple(_NUMBER)  # that the compiled kernels read
 _NONE = (0, 0, 1)  # an operand that is not there
 
 
@@ -155,7 +153,7 @@ def forward(
     weight, bias = _vector(weight), _vector(bias)
     cpu.norm(
         _operand(x), _operand(residual), _operand(weight), _operand(bias), _operand(y), total, *coded, rows, d,
-        _kind(eps, centred, eps_outside, unit_offset), torch.get_num_threads() if threads is None else threads, isa,
+        (eps, centred, eps_outside, unit_offset), torch.get_num_threads() if threads is None else threads, isa,
     )  # fmt: skip
     return tuple(out)
 
@@ -191,14 +189,9 @@ def backward(
     cpu.norm_backward(
         _operand(grad), _operand(x), _operand(grad_sum), _operand(weight), _operand(dx),
         _operand(dw if dweight else None), _operand(db if dbias else None), rows, d,
-        _kind(eps, centred, eps_outside, unit_offset), torch.get_num_threads() if threads is None else threads, isa,
+        (eps, centred, eps_outside, unit_offset), torch.get_num_threads() if threads is None else threads, isa,
     )  # fmt: skip
     return dx, dw, db
-
-
-@functools.lru_cache(maxsize=256)
-def _kind(eps: float, centred: bool, eps_outside: bool, unit_offset: bool) -> Any:
-    return native.module().NormKind(eps, centred, eps_outside, unit_offset)
 
 
 def _vector(x: Tensor | None) -> Tensor | None:
@@ -226,8 +219,9 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
         if t is not None and t.shape != x.shape[-1:]:
             raise ValueError(f"norm: {name} has shape {tuple(t.shape)}, x {tuple(x.shape)} takes ({x.shape[-1]},)")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        shapes = tuple(residual.shape), tuple(x.shape)
         raise ValueError(
-            f"norm: the residual is {residual.dtype} of shape {tuple(residual.shape)}, x is {x.dtype} of {tuple(x.shape)}"
+            f"norm: the residual is {residual.dtype} of shape {shapes[0]}, x is {x.dtype} of shape {shapes[1]}"
         )
 
 

@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @needs_kernels
 def test_the_edge_trusts_no_caller() -> None:
     x, y = noise(3, 8), torch.empty(3, 8)
-    kind, none = MODULE.NormKind(1e-5, True, False, False), (0, 0, 1)
+    kind, none = (1e-5, True, False, False), (0, 0, 1)
     fits = [(t.data_ptr(), 24, 1) for t in (x, y)]
 
     def call(rows=3, d=8, x=fits[0], y=fits[1], weight=none, codes=(0, 0, 0, 0), threads=1):

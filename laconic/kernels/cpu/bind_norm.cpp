@@ -36,6 +36,14 @@ const void* vector_of(const char* what, const Operand& operand, Int d, Dtype& dt
   return reinterpret_cast<const void*>(address);
 }
 
+/// eps, centred, eps_outside, unit_offset.
+using Kind = std::tuple<float, bool, bool, bool>;
+
+NormKind kind_of(const Kind& kind) {
+  const auto [eps, centred, eps_outside, unit_offset] = kind;
+  return {.eps = eps, .centred = centred, .eps_outside = eps_outside, .unit_offset = unit_offset};
+}
+
 void check_shape(Int rows, Int d) {
   if (d < 1 || d > Int{1} << 40) refuse("d is " + std::to_string(d) + ", out of range");
   if (rows < 0) refuse("rows is " + std::to_string(rows) + ", must not be negative");
@@ -43,10 +51,10 @@ void check_shape(Int rows, Int d) {
 
 void norm(const Operand& x, const Operand& residual, const Operand& weight, const Operand& bias, const Operand& y,
           const Operand& sum, Address codes, Int codes_length, Address scales, Int scales_length, Int rows, Int d,
-          const NormKind& kind, Int threads, Int isa) {
+          const Kind& kind, Int threads, Int isa) {
   check_shape(rows, d);
   NormForward job{};
-  job.kind = kind;
+  job.kind = kind_of(kind);
   job.rows = rows;
   job.d = d;
   job.dtype = dtype_of("x", std::get<2>(x), true);
@@ -70,10 +78,10 @@ void norm(const Operand& x, const Operand& residual, const Operand& weight, cons
 
 void norm_backward(const Operand& grad, const Operand& x, const Operand& grad_sum, const Operand& weight,
                    const Operand& dx, const Operand& dweight, const Operand& dbias, Int rows, Int d,
-                   const NormKind& kind, Int threads, Int isa) {
+                   const Kind& kind, Int threads, Int isa) {
   check_shape(rows, d);
   NormBackward job{};
-  job.kind = kind;
+  job.kind = kind_of(kind);
   job.rows = rows;
   job.d = d;
   job.dtype = dtype_of("x", std::get<2>(x), true);
@@ -94,16 +102,11 @@ void norm_backward(const Operand& grad, const Operand& x, const Operand& grad_su
 
 void bind_norm(nb::module_& m) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
-  nb::class_<NormKind>(m, "NormKind", "What a norm is, apart from its operands.")
-      .def("__init__",
-           [](NormKind* self, float eps, bool centred, bool eps_outside, bool unit_offset) {
-             new (self) NormKind{eps, centred, eps_outside, unit_offset};
-           },
-           nb::arg("eps"), nb::arg("centred"), nb::arg("eps_outside"), nb::arg("unit_offset"));
   m.def("norm", &norm, nb::arg("x"), nb::arg("residual"), nb::arg("weight"), nb::arg("bias"), nb::arg("y"),
         nb::arg("sum"), nb::arg("codes"), nb::arg("codes_length"), nb::arg("scales"), nb::arg("scales_length"),
         nb::arg("rows"), nb::arg("d"), nb::arg("kind"), nb::arg("threads"), nb::arg("isa") = -1, unlocked(),
-        "An operand is (address, length, dtype number); address 0 is one that is not there.");
+        "An operand is (address, length, dtype number); address 0 is one that is not there. `kind` is (eps, centred, "
+        "eps_outside, unit_offset).");
   m.def("norm_backward", &norm_backward, nb::arg("grad"), nb::arg("x"), nb::arg("grad_sum"), nb::arg("weight"),
         nb::arg("dx"), nb::arg("dweight"), nb::arg("dbias"), nb::arg("rows"), nb::arg("d"), nb::arg("kind"),
         nb::arg("threads"), nb::arg("isa") = -1, unlocked(), "Operands as those of `norm`.");

@@ -26,6 +26,11 @@ inline std::size_t size_of(Dtype dtype) {
   return 0;
 }
 
+/// Scratch memory from the next cache line on (16 floats more are needed): a vector across two lines is read twice.
+inline float* aligned(float* scratch) {
+  return reinterpret_cast<float*>((reinterpret_cast<std::uintptr_t>(scratch) + 63) / 64 * 64);
+}
+
 /// Whole 32-bit words that hold k codes.
 constexpr std::int64_t words_for(std::int64_t k, int bits) { return (k * bits + 31) / 32; }
 

@@ -28,14 +28,15 @@ const float* floats_of(const void* vector, Dtype dtype, float offset, std::int64
 
 }  // namespace
 
-std::int64_t norm_scratch(const NormForward& job, int threads) { return (threads + 2) * padded(job.d); }
+std::int64_t norm_scratch(const NormForward& job, int threads) { return 16 + (threads + 2) * padded(job.d); }
 
 std::int64_t norm_scratch(const NormBackward& job, int threads) {
-  return (threads + 1 + 2 * parts_of(job.rows)) * padded(job.d);
+  return 16 + (threads + 1 + 2 * parts_of(job.rows)) * padded(job.d);
 }
 
 void norm(const NormForward& job, float* scratch, int threads, Isa isa) {
   if (job.rows == 0 || job.d == 0) return;
+  scratch = aligned(scratch);
   const Table& kernels = table(isa);
   const std::int64_t size = padded(job.d);
   const float offset = job.kind.unit_offset ? 1.0f : 0.0f;
@@ -48,6 +49,7 @@ void norm(const NormForward& job, float* scratch, int threads, Isa isa) {
 
 void norm_backward(const NormBackward& job, float* scratch, int threads, Isa isa) {
   if (job.d == 0) return;
+  scratch = aligned(scratch);
   const Table& kernels = table(isa);
   const std::int64_t size = padded(job.d), block = block_of(job.rows), parts = parts_of(job.rows);
   const float offset = job.kind.unit_offset ? 1.0f : 0.0f;

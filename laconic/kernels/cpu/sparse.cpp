@@ -20,7 +20,7 @@ std::int64_t sparse_linear_scratch(const SparseLinear& job, Isa isa) {
   if (job.m <= kFew) return 0;
   const int lanes = table(isa).lanes;
   const std::int64_t width = static_cast<std::int64_t>(vectors_of(job.m, lanes)) * lanes;
-  return padded(job.w.k * width) + padded(job.w.rows * width) + job.w.rows / job.w.r;
+  return 16 + padded(job.w.k * width) + padded(job.w.rows * width) + job.w.rows / job.w.r;
 }
 
 void sparse_linear(const SparseLinear& job, float* scratch, int threads, Isa isa) {
@@ -31,6 +31,7 @@ void sparse_linear(const SparseLinear& job, float* scratch, int threads, Isa isa
     parallel(threads, units, grain, [&](std::int64_t begin, std::int64_t end, int) { kernels.sparse_few(job, begin, end); });
     return;
   }
+  scratch = aligned(scratch);
   const std::int64_t widest = static_cast<std::int64_t>(vectors_of(job.m, kernels.lanes)) * kernels.lanes;
   Columns in{.columns = scratch, .sums = scratch + padded(job.w.k * widest), .next = nullptr, .m0 = 0, .vectors = 0};
   in.next = reinterpret_cast<std::int32_t*>(in.sums + padded(job.w.rows * widest));

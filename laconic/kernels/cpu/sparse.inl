@@ -37,6 +37,15 @@ LACONIC_INLINE void with_values(Dtype dtype, const F& f) {
   }
 }
 
+/// Asks for n values from number `at` on: hardware looks ahead too little where one row of blocks comes after another.
+template <Dtype D>
+LACONIC_INLINE void ask_for(const void* base, std::int64_t at, std::int64_t n) {
+  constexpr std::int64_t kLine = D == Dtype::float32 ? 16 : D == Dtype::int8 ? 64 : 32;
+  for (std::int64_t i = 0; i < n; i += kLine) __builtin_prefetch(past<D>(base, at + i));
+}
+
+constexpr std::int64_t kAhead = 1024;  // values
+
 LACONIC_INLINE float scale_of(const Sparse& w, std::int64_t row) { return w.scale != nullptr ? w.scale[row] : 1.0f; }
 
 // --- few rows of x ---
@@ -90,6 +99,7 @@ void blocks_few(const SparseLinear& job, std::int64_t m0, std::int64_t b, std::i
   for (std::int64_t n = w.starts[b]; n < w.starts[b + 1]; ++n) {
     const float* x = job.x + m0 * w.k + static_cast<std::int64_t>(w.index[n]) * w.c;
     const std::int64_t first = (n * w.r + i) * w.c;
+    ask_for<D>(w.values, first + kAhead, R * w.c);
     const auto step = [&](std::int64_t j, auto count) LACONIC_UNROLLED {
       V::F some[M];
       unroll<M>([&](auto m) LACONIC_UNROLLED { some[m] = V::load_first(x + m * w.k + j, count); });
@@ -125,6 +135,7 @@ void narrow_blocks_few(const SparseLinear& job, std::int64_t m0, std::int64_t b,
   unroll<M>([&](auto m) LACONIC_UNROLLED { unroll<R>([&](auto r) LACONIC_UNROLLED { sums[m][r] = V::zero(); }); });
   for (std::int64_t n = w.starts[b]; n < w.starts[b + 1]; ++n) {
     const float* x = job.x + m0 * w.k + static_cast<std::int64_t>(w.index[n]) * c;
+    ask_for<D>(w.values, n * size + v * V::kLanes + kAhead, R * V::kLanes);
     V::F some[M];
     unroll<M>([&](auto m) LACONIC_UNROLLED { some[m] = V::pick(V::load_first(x + m * w.k, c), place); });
     unroll<R>([&](auto r) LACONIC_UNROLLED {
@@ -229,12 +240,7 @@ void pairs_many(const SparseLinear& job, const Columns& in, std::int64_t from, s
       sum[1][t] = V::zero();
     });
     const void* values = past<D>(w.values, n * half);
-    __builtin_prefetch(past<D>(values, 4 * half + from / 2));  // rows of W are further apart than hardware looks ahead
-    __builtin_prefetch(past<D>(values, 4 * half + from / 2 + 16));
-    if constexpr (D == Dtype::float32) {
-      __builtin_prefetch(past<D>(values, 4 * half + from / 2 + 32));
-      __builtin_prefetch(past<D>(values, 4 * half + from / 2 + 48));
-    }
+    ask_for<D>(values, 4 * half + from / 2, kSpan / 2);
     const auto add = [&](std::int64_t i, std::uint32_t word, auto j) LACONIC_UNROLLED {
       const float* x = in.columns + (2 * i + j / 2 * 4 + (word >> 2 * j & 3u)) * kWidth;
       const V::F value = one_value<D>(values, i + j);
@@ -303,9 +309,7 @@ void blocks_many(const SparseLinear& job, const Columns& in, std::int64_t to, st
     const std::int64_t first = in.next[b];
     std::int64_t last = first;
     while (last < w.starts[b + 1] && static_cast<std::int64_t>(w.index[last]) * w.c < to) ++last;
-    if (b + 1 < end)
-      for (std::int64_t at = 0; at < (last - first) * w.r * w.c; at += 16)
-        __builtin_prefetch(past<D>(w.values, static_cast<std::int64_t>(in.next[b + 1]) * w.r * w.c + at));
+    if (b + 1 < end) ask_for<D>(w.values, static_cast<std::int64_t>(in.next[b + 1]) * w.r * w.c, (last - first) * w.r * w.c);
     if (first == last) continue;
     std::int64_t i = 0;
     for (; i + kRows <= w.r; i += kRows) blocks_sum<D, T, kRows>(w, in, b, i, first, last);
