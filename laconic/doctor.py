@@ -193,9 +193,12 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _kernels() -> list[dict[str, Any]]:
-    from laconic.kernels import native
+    from laconic.kernels import native, triton
 
-    return [{"name": "C++ (unpack, dequantize, hadamard)", **native.status()}]
+    return [
+        {"name": "C++ (unpack, dequantize, hadamard)", **native.status()},
+        {"name": "Triton (packed weights, int8, FP8, norms)", **triton.status()},
+    ]
 
 
 def _optional() -> list[dict[str, Any]]:
@@ -310,6 +313,17 @@ def _native_hadamard() -> str:
     return f"bit-equal to the reference: lengths {', '.join(map(str, lengths))}"
 
 
+def _triton_ops() -> str:
+    from laconic.kernels import triton
+    from laconic.nn.check_ops import check_op
+
+    status = triton.status()
+    if not status["present"]:
+        raise _Skipped(status["why"])
+    names = [name for name in OPS if name != "experts_input_grad"]  # which has no kernel
+    return "; ".join(f"{name}: {check_op(name, 'cuda')}" for name in names)
+
+
 def _words(rows: int, bits: int, k: int) -> Any:
     import torch
 
@@ -328,6 +342,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "C++: unpack": _native_unpack,
     "C++: dequantize": _native_dequantize,
     "C++: hadamard": _native_hadamard,
+    "Triton: ops on the GPU": _triton_ops,
     **{f"op: {name}": functools.partial(_op, name) for name in OPS},
 }
 
@@ -383,6 +398,8 @@ def _print_kernels(console: Console, report: dict[str, Any]) -> None:
     for kernel in report["kernels"]:
         if kernel["present"]:
             how = f"{kernel['isa']}, built by {kernel['compiler']}"
+            if kernel.get("fp8"):
+                how += f"; {kernel['fp8']}"
             table.add_row(kernel["name"], "[green]present[/]", how)
         else:
             why = f"{kernel['why']}; PyTorch does the work instead"

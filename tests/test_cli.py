@@ -16,8 +16,8 @@ from laconic.cli import app
 from laconic.report.jsonline import KEYS
 from tests.pipeline.runs import ROOT, environ, run_cli, save, token_file
 
-COMMANDS = ("compress", "plan", "inspect", "compare", "fetch", "doctor")
-CATALOG = ("methods", "show", "find", "new", "reproduce")
+COMMANDS = ("compress", "plan", "inspect", "compare", "run", "fetch", "doctor")
+CATALOG = ("methods", "show", "find", "new", "reproduce", "bench")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from scipy.sparse import csr_array
 
 from laconic.errors import Impossible
 
-__all__ = ["Point", "allocate", "frontier"]
+__all__ = ["Point", "allocate", "allocate_within", "frontier"]
 
 Table = Sequence[Sequence[float]]
 
@@ -97,6 +97,58 @@ def allocate(
     if best is not hull[-1]:  # else every unit has its cheapest option already
         best = _improved(options, budget, best, gap, node_limit)
     return _per_unit(best.choice, groups, len(cost))
+
+
+def allocate_within(
+    cost: Table, limits: Sequence[tuple[str, Table, float]], *, gap: float = 1e-3, node_limit: int = 10_000
+) -> list[int]:
+    """Index of the option that each unit gets, where several things are bounded at once (bytes and milliseconds).
+
+    Args:
+        cost: for each unit, the cost of each option; finite.
+        limits: name, table of the same shape, and bound of the total of each thing that is bounded; entries may be
+            negative.
+        gap: how far from the optimum the answer may be, as a part of the largest difference in cost.
+        node_limit: nodes of the search tree after which the best answer so far is taken.
+
+    Returns:
+        One index a unit.
+
+    Raises:
+        Impossible: one bound by itself, or all of them together, cannot be kept.
+        ValueError: tables that do not fit together, or numbers that are not finite.
+    """
+    for name, table, _ in limits:
+        if len(table) != len(cost) or any(len(a) != len(b) for a, b in zip(cost, table, strict=True)):
+            raise ValueError(f"allocate_within: cost and {name} need the same units with the same options")
+    if not all(math.isfinite(x) for table in (cost, *(t for _, t, _ in limits)) for row in table for x in row):
+        raise ValueError("allocate_within: a cost, size or time is not finite")
+    if not cost:
+        return []
+    numbers = np.array([number for number, row in enumerate(cost) for _ in row])
+    flat = np.array([x - min(row) for row in cost for x in row])
+    one_each = csr_array((np.ones(len(flat)), (numbers, np.arange(len(flat)))), shape=(len(cost), len(flat)))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for name, table, bound in limits:
+        least = math.fsum(min(row) for row in table)
+        if least > bound:
+            raise Impossible(f"the least {name} is {_number(least)}, which is more than the bound of {_number(bound)}")
+        # Over each unit's least, as parts of the room that these leave: numbers of the order of one.
+        over = np.array([x - min(row) for row in table for x in row]) / ((bound - least) or 1.0)
+        constraints.append(LinearConstraint(over[None, :] * SIZE_SCALE, -np.inf, SIZE_SCALE))
+    with _quiet():
+        result = milp(
+            c=flat / (flat.max() or 1.0) * COST_SCALE,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": gap, "node_limit": node_limit},
+        )
+    if result.x is None:
+        raise Impossible(f"no choice keeps all bounds together: {', '.join(name for name, _, _ in limits)}")
+    taken = result.x > 0.5
+    starts = np.searchsorted(numbers, np.arange(len(cost)))
+    return [int(np.flatnonzero(taken[start : start + len(row)])[0]) for start, row in zip(starts, cost, strict=True)]
 
 
 def frontier(cost: Table, size: Table, *, tied: Sequence[Sequence[int]] = ()) -> list[Point]:

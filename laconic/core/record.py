@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
+from laconic.nn.blocks import fuse_block
 
 PACK = "pack"
 FOLD = "fold_batchnorm"
+FUSE = "fuse"
 REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
-ACTIONS = (PACK, FOLD, REWRITE)
+ACTIONS = (PACK, FOLD, FUSE, REWRITE)
 
 
 @dataclass
@@ -27,9 +29,9 @@ class Record:
     """One change of a model.
 
     Attributes:
-        action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it) or "rewrite"
-            (a pass named in `data["pass"]` changed values only).
-        path: of the parameter, of the layer that took the norm in, or of what was rewritten.
+        action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it), "fuse" (a
+            transformer block runs as compiled code) or "rewrite" (a pass named in `data["pass"]` changed values only).
+        path: of the parameter, of the layer that took the norm in, of the block, or of what was rewritten.
         data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold; `method`, `loss` and whatever the pass
             wants to say.
         tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
@@ -81,6 +83,8 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
                 apply_fold(model, record)
             elif record.action == PACK:
                 _apply_pack(model, record)
+            elif record.action == FUSE:
+                fuse_block(model.get_submodule(record.path))
         except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
         changed.append(record.path)

@@ -40,6 +40,7 @@ class Unit:
         reason: why it can only stay as it is; "" if it can be packed.
         options: schemes it may be stored under, best first. None in `choice` means: as it is.
         protected: named by --keep or --exclude: its values stay what they are.
+        inputs: how its inputs are rounded when it runs packed; see `PackedParameterSpec`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Unit:
     reason: str
     options: list[Scheme] = field(default_factory=list)
     protected: bool = False
+    inputs: str = ""
 
     @property
     def numel(self) -> int:
@@ -65,7 +67,7 @@ class Unit:
 
     def spec(self, scheme: Scheme) -> PackedParameterSpec:
         """How it is stored under a scheme."""
-        return PackedParameterSpec(scheme, self.shape, self.view)
+        return PackedParameterSpec(scheme, self.shape, self.view, self.inputs)
 
     def record(self, scheme: Scheme, tensors: Mapping[str, Tensor] | None = None, **said: Any) -> Record:
         """What packing it under a scheme is, with its tensors and what else there is to say."""

@@ -7,6 +7,7 @@ threads.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laconic.kernels import native
-from laconic.numerics import Scheme
+from laconic.numerics import Binary, Levels, Scheme, Ternary
 
 __all__ = ["ACTS", "linear", "takes_int8", "weights_of"]
 
@@ -36,15 +37,28 @@ def weights_of(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
         native.check("linear", "zero", zero, (torch.int32,) if scheme.zero == "int" else (scale.dtype,), 2)
     rows, words = codes.shape
     group = scheme.scale.group_of(k)
+    element = scheme.element
+    base3 = isinstance(element, Ternary)
+    levels = _table(element) if isinstance(element, Levels | Binary) else None
     return native.module().Weights(
         codes.data_ptr(), codes.numel(), rows, words, scale.data_ptr(), scale.numel(), _SCALE[scale.dtype],
         scale.shape[0], zero.data_ptr() if zero is not None else 0, zero.numel() if zero is not None else 0,
-        _ZERO[scheme.zero], 0, 0, scale.shape[1], group, scheme.bits, k,
+        _ZERO[scheme.zero], levels.data_ptr() if levels is not None else 0, levels.numel() if levels is not None else 0,
+        scale.shape[1], group, 2 if base3 else scheme.element.bits, k, base3,
     )  # fmt: skip
 
 
+@functools.cache
+def _table(element: Levels | Binary) -> Tensor:
+    """The levels of an element, kept for the life of the process, since the extension gets their address."""
+    with torch.inference_mode(False):
+        return torch.tensor(element.table, dtype=torch.float32)
+
+
 def takes_int8(scheme: Scheme, k: int) -> bool:
-    """Whether integer products can run: every group is made of whole words of four codes."""
+    """Whether integer products can run: codes that are numbers, in groups of whole words of four."""
+    if isinstance(scheme.element, Levels | Binary):
+        return False
     return scheme.scale.granularity != "group" or scheme.scale.groups(k) == 1 or scheme.scale.group_of(k) % 4 == 0
 
 

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -26,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DISABLE", "REQUIRE", "check", "dequantize", "hadamard_", "load", "module", "status", "unpack"]
+__all__ = ["BUILD", "DISABLE", "REQUIRE", "check", "dequantize", "disabled", "hadamard_", "load", "module", "status", "unpack"]
 
 DISABLE = "LACONIC_DISABLE_KERNELS"  # set to 1: never load the extension
 REQUIRE = "LACONIC_REQUIRE_KERNELS"  # set to 1: a build fails without a compiler, tests want the kernels
 EXTENSION = "laconic.kernels._cpu"
+BUILD = "LACONIC_KERNELS"  # path of another build of the extension, such as one with sanitizers
 
 _FALSE = ("", "0", "false", "off", "no")
 
@@ -38,6 +40,11 @@ _FALSE = ("", "0", "false", "off", "no")
 def load() -> ModuleType | None:
     """The extension module, or None with the reason in `status()`. Looked for once in a process."""
     return _load()[0]
+
+
+def disabled() -> bool:
+    """Whether compiled kernels, of whatever kind, are switched off by the environment."""
+    return os.environ.get(DISABLE, "").lower() not in _FALSE
 
 
 def status() -> dict[str, Any]:
@@ -163,10 +170,12 @@ _FLOATS = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
-    if os.environ.get(DISABLE, "").lower() not in _FALSE:
+    if disabled():
         return None, f"switched off by {DISABLE}={os.environ[DISABLE]}"
     try:
         _share_openmp()
+        if os.environ.get(BUILD):
+            return _from_file(os.environ[BUILD]), ""
         return importlib.import_module(EXTENSION), ""
     except ModuleNotFoundError as error:
         if error.name != EXTENSION:
@@ -174,6 +183,15 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, "not built: the install found no working C++20 compiler (slower, results are the same)"
     except ImportError as error:
         return None, f"built but does not load: {error}"
+
+
+def _from_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(EXTENSION, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{BUILD}={path} is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _share_openmp() -> None:
@@ -195,6 +213,11 @@ _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*$")
 
 
 def module() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        RuntimeError: it is missing; the message says why.
+    """
     module, why = _load()
     if module is None:
         raise RuntimeError(f"{EXTENSION} is missing ({why}); use the reference in laconic.numerics")
@@ -202,6 +225,17 @@ def module() -> ModuleType:
 
 
 def check(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int | None) -> None:
+    """Refuse a tensor that a kernel cannot take.
+
+    Args:
+        op, name: for the message.
+        x: must be contiguous, on the CPU.
+        dtypes: one of which it must have.
+        ndim: axes that it must have, or None.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
     if x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {x.dtype}, must be {' or '.join(map(str, dtypes))}")
     if x.device.type != "cpu":

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from laconic.kernels import cpu_linear, native
+from laconic.kernels.triton import dispatch
 from laconic.numerics import Int, Scheme, dequantize, unpack_codes
 
 ACTIVATIONS = {
@@ -35,8 +36,6 @@ ACTIVATIONS = {
 TILE = 1 << 21
 # Each row of the inputs (a token) rounded to 8 bits when the layer runs; the only scheme of inputs so far.
 INT8_TOKENS = "v1/int8/token/float32/minmax/znone/nearest"
-# Rows of inputs up to which weights are looked up on the fly; from there on, unpacking tiles for a float product wins.
-FEW = 32
 
 _library = torch.library.Library("laconic", "DEF")
 _library.define(
@@ -182,13 +181,11 @@ _by_reference = False
 
 def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how = Scheme.parse(scheme)
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    fast = not _by_reference and isinstance(how.element, Int) and native.load() is not None and act in ACTIVATIONS
+    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
-        if inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1]):
-            return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=True)
-        if not inputs and tokens <= FEW:
-            return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act)
+        int8 = inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1])
+        x = x if int8 else round_inputs(x, inputs)
+        return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=int8)
     return _linear(x, codes, scale, zero, bias, residual, scheme=scheme, act=act, inputs=inputs)
 
 
@@ -377,3 +374,8 @@ for _name, _reference, _fake, _backward in (
         torch.library.register_autograd(f"laconic::{_name}", _backward, setup_context=_keep, lib=_library)
 
 _library.impl("linear", _cpu_linear, "CPU")
+# Convolutions run by the dequantize op, which has a kernel on GPUs.
+_ON_GPU = {
+    "linear": _linear, "embedding": _embedding, "conv": _differentiable_conv, "experts": _experts, "dequantize": _dequantize,
+}  # fmt: skip
+dispatch.register(_library, _ON_GPU)

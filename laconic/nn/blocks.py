@@ -1,9 +1,8 @@
 """Transformer blocks that run as two calls of compiled code instead of some hundred operations of torch.
 
-`fuse(model)` changes the class of every block that it knows, whose linear layers are packed, in place: paths, names and
+`fuse(model)` changes the class of every block that it knows and that has packed linear layers, in place: paths, names and
 tensors stay as they are, and the block's own forward (the truth) still runs wherever the short way does not apply: in
-training, with gradients, on another device or type, with hooks inside the block, under a tracer, or for many tokens
-where inputs stay float.
+training, with gradients, on another device or type, with hooks inside the block, or under a tracer.
 
 A `Family` says where a block of one architecture keeps its parts; adding an architecture is adding one.
 """
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.kernels import cpu_linear, native
-from laconic.kernels.ops import ACTIVATIONS, FEW
+from laconic.kernels.ops import ACTIVATIONS
 
 from .packed import Packed
 
@@ -99,8 +98,10 @@ def why_not(block: nn.Module, family: Family) -> str:
         layer = block.get_submodule(path)
         if not isinstance(layer, nn.Linear):
             return f"{path} is a {type(layer).__name__} and no linear layer"
-        if not isinstance(layer, Packed) or "weight" not in layer._packed:
-            return f"{path} is not packed"
+        if type(layer).forward is not nn.Linear.forward and not isinstance(layer, Packed):
+            return f"{path} is a {type(layer).__name__} with a forward of its own"
+    if not any(isinstance(block.get_submodule(path), Packed) for path in linear):
+        return "none of its linear layers is packed"
     if getattr(block, "add_cross_attention", False):
         return "it attends to another sequence as well"
     if getattr(block, "chunk_size_feed_forward", 0):
@@ -185,13 +186,19 @@ class FusedBlock(nn.Module):
             object.__setattr__(self, "_prepared", prepared)
         if prepared is None or prepared.hooked():
             return None
-        if not prepared.int8 and x.shape[0] * x.shape[1] > FEW:
-            return None
         if self._family.rotary and not prepared.fits_rotary(kwargs.get("position_embeddings")):
             return None
         if not self._family.causal and kwargs.get("past_key_values") is not None:
             return None
         return prepared
+
+
+class _NotTaken(Exception):
+    """A tensor is of a type or in a place that the kernels do not take."""
+
+
+def _nothing() -> None:
+    """What a pickled `_Prepared` comes back as."""
 
 
 _CLASSES: dict[type, type] = {}
@@ -201,81 +208,80 @@ _UNKNOWN: Any = object()  # a mask that only the block's own forward understands
 class _Prepared:
     """A block's parts as the extension takes them, and how to call it."""
 
-    def __init__(self, block: nn.Module, family: Family, cpu: Any, kept: list[Tensor], modules: list[nn.Module]):
-        self.family, self.kept = family, kept
-        self.addresses = [tensor.data_ptr() for tensor in kept]
-        self.tensors: list[tuple[nn.Module, str]] = []
-        self.modules = modules
-        self.cpu = cpu
-        self.layer_index = getattr(block.get_submodule(family.attention), "layer_idx", None)
+    def __init__(self, block: nn.Module, family: Family):
+        self.family = family
+        self.kept: list[tuple[dict[str, Any], str, int]] = []  # where a tensor was found, and its address
+        self.modules = [m for m in block.modules() if m is not block]
+        attention: Any = block.get_submodule(family.attention)
+        self.layer_index = getattr(attention, "layer_idx", None)
+        layers = {part: self._layer(block, path) for part in _LINEAR if (path := getattr(family, part))}
+        q, k = (block.get_submodule(path) for path in (family.q, family.k))
+        self.width = q.in_features
+        self.dim = int(getattr(attention, "head_dim", 0) or attention.attention_head_size)
+        self.heads, self.kv_heads = q.out_features // self.dim, k.out_features // self.dim
+        act = _act_of(_at(block, family.act))
+        assert act is not None
+        self.cpu = native.module().Block(
+            layers["q"], layers["k"], layers["v"], layers["o"], layers.get("gate"), layers["up"], layers["down"],
+            self._norm(block, family.before), self._norm(block, family.after), self.width, self.heads, self.kv_heads,
+            self.dim, cpu_linear.ACTS[act], family.pre_norm, float(attention.scaling),
+        )  # fmt: skip
 
     @staticmethod
     def of(block: nn.Module, family: Family) -> _Prepared | None:
-        """None where a part is in a type or place that the kernels do not take."""
+        """None where a part is of a kind, type or place that the kernels do not take."""
         if why_not(block, family):
             return None
-        cpu, kept = native.module(), []
-        sources: list[tuple[Any, str, str]] = []
-
-        def layer(path: str) -> Any:
-            linear: Any = block.get_submodule(path)
-            spec = linear._packed["weight"]
-            codes, scale, zero = linear.packed_operands("weight")
-            operands = [t for t in (codes, scale, zero) if t is not None]
-            bias = linear.bias
-            if any(t.device.type != "cpu" or not t.is_contiguous() for t in operands):
-                return None
-            if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-                return None
-            int8 = bool(spec.inputs)
-            if int8 and not cpu_linear.takes_int8(spec.scheme, spec.matrix[1]):
-                return None
-            kept.extend([*operands, *([bias] if bias is not None else [])])
-            sources.append((linear, "weight", "packed"))
-            weights = cpu_linear.weights_of(codes, scale, zero, spec.scheme, spec.matrix[1])
-            return cpu.Layer(weights, bias.data_ptr() if bias is not None else 0, spec.matrix[0], int8), spec
-
-        def norm(path: str, width: int) -> Any:
-            module: Any = block.get_submodule(path)
-            weight, bias = module.weight, getattr(module, "bias", None)
-            tensors = [t for t in (weight, bias) if t is not None]
-            if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
-                return None
-            kept.extend(tensors)
-            centred = isinstance(module, nn.LayerNorm)
-            address = bias.data_ptr() if bias is not None else 0
-            return cpu.Norm(weight.data_ptr(), address, weight.numel(), width, _eps_of(module), centred)
-
-        parts = {name: layer(path) for name in _LINEAR if (path := getattr(family, name))}
-        if any(part is None for part in parts.values()):
+        try:
+            return _Prepared(block, family)
+        except _NotTaken:
             return None
-        width = parts["q"][1].matrix[1]
-        before, after = norm(family.before, width), norm(family.after, width)
-        if before is None or after is None:
-            return None
-        attention: Any = block.get_submodule(family.attention)
-        dim = int(getattr(attention, "head_dim", 0) or attention.attention_head_size)
-        heads, kv_heads = parts["q"][1].matrix[0] // dim, parts["k"][1].matrix[0] // dim
-        act = _act_of(_at(block, family.act))
-        compiled = cpu.Block(
-            parts["q"][0], parts["k"][0], parts["v"][0], parts["o"][0], parts["gate"][0] if "gate" in parts else None,
-            parts["up"][0], parts["down"][0], before, after, width, heads, kv_heads, dim, cpu_linear.ACTS[act],
-            family.pre_norm, float(attention.scaling),
-        )  # fmt: skip
-        modules = [m for m in block.modules() if m is not block]
-        self = _Prepared(block, family, compiled, kept, modules)
-        self.width, self.heads, self.kv_heads, self.dim = width, heads, kv_heads, dim
-        self.int8 = all(part[1].inputs for part in parts.values())
-        self.sources = [linear for linear, _, _ in sources]
-        return self
+
+    # A copy of the block makes its own, of its own tensors.
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    def _take(self, holder: nn.Module, name: str, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        """A tensor of a module, whose address the extension keeps."""
+        home: dict[str, Any] = holder._parameters if name in holder._parameters else holder._buffers
+        tensor = home.get(name)
+        if tensor is None or tensor.dtype not in dtypes or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise _NotTaken
+        self.kept.append((home, name, tensor.data_ptr()))
+        return tensor
+
+    def _layer(self, block: nn.Module, path: str) -> Any:
+        linear: Any = block.get_submodule(path)
+        bias = self._take(linear, "bias", (torch.float32,)) if linear.bias is not None else None
+        at = bias.data_ptr() if bias is not None else 0
+        if not isinstance(linear, Packed):
+            weight = self._take(linear, "weight", (torch.float32,))
+            return native.module().Layer(weight.data_ptr(), weight.numel(), *weight.shape, at, linear.out_features)
+        spec, owner = linear._packed["weight"], linear._packed_owner.get("weight", (linear, "weight"))
+        zero = {"none": None, "int": "zero_point", "real": "zero"}[spec.scheme.zero]
+        dtypes = (torch.int32, torch.float32, torch.float16, torch.bfloat16)
+        codes, scale = (self._take(owner[0], f"{owner[1]}_{suffix}", dtypes) for suffix in ("packed", "scale"))
+        zeros = self._take(owner[0], f"{owner[1]}_{zero}", dtypes) if zero else None
+        int8 = bool(spec.inputs)
+        if int8 and not cpu_linear.takes_int8(spec.scheme, spec.matrix[1]):
+            raise _NotTaken
+        weights = cpu_linear.weights_of(codes, scale, zeros, spec.scheme, spec.matrix[1])
+        return native.module().Layer(weights, at, spec.matrix[0], int8)
+
+    def _norm(self, block: nn.Module, path: str) -> Any:
+        module: Any = block.get_submodule(path)
+        weight = self._take(module, "weight", (torch.float32,))
+        bias = self._take(module, "bias", (torch.float32,)) if getattr(module, "bias", None) is not None else None
+        address = bias.data_ptr() if bias is not None else 0
+        centred = isinstance(module, nn.LayerNorm)
+        return native.module().Norm(weight.data_ptr(), address, weight.numel(), self.width, _eps_of(module), centred)
 
     def current(self) -> bool:
         """Whether the block's tensors are still those whose addresses were taken."""
-        codes = (linear.packed_operands("weight")[0] for linear in self.sources)
-        return all(a is b or a.data_ptr() == b.data_ptr() for a, b in zip(codes, self._codes(), strict=True))
-
-    def _codes(self) -> Iterator[Tensor]:
-        return (tensor for tensor in self.kept if tensor.dtype == torch.int32 and tensor.dim() == 2)
+        return all((tensor := home.get(name)) is not None and tensor.data_ptr() == at for home, name, at in self.kept)
 
     def hooked(self) -> bool:
         """Whether somebody wants to see the inside of the block."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,15 +157,20 @@ CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
 }
 
 
-def check_op(name: str) -> str:
-    """Run `torch.ops.laconic.NAME` on its cases on the CPU, and say what was compared.
+def check_op(name: str, device: str = "cpu") -> str:
+    """Run `torch.ops.laconic.NAME` on its cases on a device, and say what was compared.
 
     Raises:
         AssertionError: naming the first case that is wrong, and by how much.
     """
+    op = getattr(torch.ops.laconic, name)
+
+    def on_device(*operands: Any, **options: Any) -> Tensor:
+        return op(*(x.to(device) if isinstance(x, Tensor) else x for x in operands), **options).cpu()
+
     count, worst = 0, 0.0
     with torch.no_grad():
-        for case, got, want in CASES[name](getattr(torch.ops.laconic, name)):
+        for case, got, want in CASES[name](on_device):
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise AssertionError(
                     f"{case}: {got.dtype} {tuple(got.shape)} where {want.dtype} {tuple(want.shape)} was due"

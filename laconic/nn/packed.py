@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laconic.kernels.ops import INT8_TOKENS  # and registers torch.ops.laconic
+from laconic.kernels import binary as _binary  # noqa: F401 - registers torch.ops.laconic, as the next two do
+from laconic.kernels import conv as _conv  # noqa: F401
+from laconic.kernels.ops import INT8_TOKENS
 from laconic.numerics import Scheme, pack_codes
 
 View = Literal["rows", "last", "transposed"]

@@ -360,9 +360,10 @@ def check_filled(model: nn.Module) -> None:
     Raises:
         BadInput: naming the first parameter that differs.
     """
+    modules: dict[str, Any] = dict(model.named_modules())
     for path, spec in packed_specs(model).items():
         owner, _, name = path.rpartition(".")
-        module: Any = model.get_submodule(owner)
+        module = modules[owner]
         shape = module.packed_tensor(name, "shape")
         if shape is None or shape.is_meta or tuple(shape.tolist()) != spec.shape:
             raise BadInput(

@@ -20,7 +20,7 @@ class Budget:
         size: bytes that `model.safetensors` may have, or
         size_ratio: how many times smaller than the weight files as given.
         drop: points for a bounded metric, per cent otherwise; positive is worse.
-        latency: how many times faster, or "..ms" (needs fast kernels, see `compress`).
+        latency: how many times faster ("2x"), or milliseconds ("5ms"), on a batch of the user's size.
         memory: bytes of resident memory of the compressed model.
         text: as written.
     """
@@ -31,6 +31,15 @@ class Budget:
     latency: str | None = None
     memory: int | None = None
     text: str = ""
+
+    def milliseconds(self, before: float) -> float | None:
+        """Milliseconds that a forward may take, given those of the float model."""
+        if self.latency is None:
+            return None
+        value = self.latency.lower()
+        if value.endswith("ms"):
+            return float(value.removesuffix("ms"))
+        return before / float(value.removesuffix("x"))
 
     def ceiling(self, size_before: int) -> int | None:
         """Bytes that the file may have, given the bytes before."""

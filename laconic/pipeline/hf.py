@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from laconic.core.record import FOLD, PACK, Record, apply_records
+from laconic.core.record import FOLD, FUSE, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
 from laconic.pipeline.artifact import METHOD, VERSION, check_filled, quantization_config, records_from_json
@@ -126,8 +126,9 @@ def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None 
         records: what was applied to it.
         quantizer: the one that loaded it; a new one by default.
     """
-    folds = [record for record in records if record.action == FOLD]
-    config = LaconicConfig(**quantization_config(model, [*folds, *_pack_records(model)]))
+    records = list(records)
+    folds, fused = ([record for record in records if record.action == action] for action in (FOLD, FUSE))
+    config = LaconicConfig(**quantization_config(model, [*folds, *_pack_records(model), *fused]))
     if quantizer is None:
         quantizer = LaconicQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
@@ -154,7 +155,7 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
         packs = record.action == PACK
         path = _fitted(model, record.path, packs)
         data = dict(record.data)
-        others = data.get("aliases", ()) if packs else (data["norm"],)
+        others = data.get("aliases", ()) if packs else (data["norm"],) if record.action == FOLD else ()
         found = [name for other in others if (name := _fitted(model, other, packs)) is not None]
         if path is None and found:
             raise BadInput(
@@ -162,7 +163,7 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
                 "the folder with the class that its config.json names"
             )
         if path is not None:
-            data.update({"aliases": found} if packs else {"norm": found[0]})
+            data.update({"aliases": found} if packs else {"norm": found[0]} if found else {})
             fitted.append(Record(record.action, path, data))
     return fitted
 

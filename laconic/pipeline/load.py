@@ -35,11 +35,15 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    mmap: bool = True,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The compressed model of an artifact, in eval mode, its weights packed in memory as on disk.
 
-    Tensors are read one by one into their own memory; nothing is mapped, and no second copy is made.
+    On the CPU its tensors are views of the memory-mapped file: bytes come when they are first used, processes that
+    load the same folder share them, and there is no second copy. The mapping is private: a weight that is written to
+    (in training, say) gets memory of its own, and the file stays as it is. It must not be cut short in the meantime;
+    a folder that was renamed or deleted does no harm.
 
     Args:
         folder: what `laconic compress` wrote.
@@ -49,6 +53,7 @@ def load(
         dtype: computes and keeps unpacked floats in this type instead of the model's own; packed weights and
             their scales stay as they are.
         verify: compare the SHA-256 of every file with the one recorded.
+        mmap: False reads every tensor into memory of its own, for files that change or lie on a network.
         trust_remote_code: run the code that came with the checkpoint, where its architecture needs it.
 
     Raises:
@@ -57,19 +62,23 @@ def load(
     manifest = read_manifest(folder, verify=verify)
     device = usable_device(device)
     with TensorReader(manifest.folder / SINGLE) as reader:
+        if mmap:
+            reader.prefetch()  # a cold disk is busy while the skeleton is built
         if into is not None:
             model = _into(into, manifest, dtype)
         elif manifest.model.get("kind") == "transformers":
             model = _transformers_model(manifest, dtype, trust_remote_code)
         else:
             model = _into(_own_model(manifest), manifest, dtype)
-        _fill(model, reader, manifest, device, cast=dtype is not None)
+        _fill(model, reader, manifest, device, cast=dtype is not None, mapped=mmap)
     check_filled(model)
     if _is_transformers(model):
         from laconic.pipeline.hf import attach
 
         attach(model, manifest.records)
-    return model.to(device).eval()
+    if any(tensor.device != device for tensor in all_tensors(model).values()):
+        model.to(device)  # buffers that no file holds
+    return model.eval()
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -140,7 +149,7 @@ def _own_model(manifest: Manifest) -> nn.Module:
     ):
         raise BadInput(
             f"{manifest.folder} holds a {name}, which laconic cannot build by itself: build the float model "
-            "as ever and pass it as laconic.load(folder, into=model)"
+            "as ever and pass it as laconic.load(folder, into=model), or name it to laconic run by --into"
         )
     try:
         return found()
@@ -185,7 +194,7 @@ def _transformers_model(manifest: Manifest, dtype: torch.dtype | None, trust_rem
 
 
 def _fill(
-    model: nn.Module, reader: TensorReader, manifest: Manifest, device: torch.device, cast: bool
+    model: nn.Module, reader: TensorReader, manifest: Manifest, device: torch.device, *, cast: bool, mapped: bool
 ) -> None:
     """Give every parameter and persistent buffer its value from the file; all of both must be used.
 
@@ -219,7 +228,8 @@ def _fill(
                 f"{name} is {dtype} in {manifest.folder / SINGLE} and {old.dtype} in the model: convert the "
                 "model first (model.to(...)), or pass dtype="
             )
-        put(owners, old, reader.read(name).to(device=device, dtype=old.dtype))
+        value = reader.view(name) if mapped else reader.read(name)
+        put(owners, old, value.to(device=device, dtype=old.dtype))
     meta = [name for name, tensor in all_tensors(model).items() if tensor.is_meta]
     if meta:
         raise BadInput(

@@ -37,17 +37,20 @@ def tight_heap() -> None:
         mallopt(option, 8 << 20)  # smaller ones are made and dropped by the thousand: keeping those is faster
 
 
-def latency_ms(runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 20.0) -> dict[str, float]:
+def latency_ms(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 20.0, at_least: float = 1.0
+) -> dict[str, float]:
     """Median milliseconds of each callable; they alternate, so drift of the machine hits all alike.
 
     Args:
         runs: name -> what to time.
-        rounds: at most this many of each, after one that is not counted.
+        rounds: of each, after one that is not counted.
         seconds: stop early (after two rounds at least) when this much time is gone.
+        at_least: go on (for eight times `rounds` at most) until this many seconds are gone: short runs need more rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
-    for number in range(rounds + 1):
+    for number in range(8 * rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -55,7 +58,8 @@ def latency_ms(runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: 
                 torch.accelerator.synchronize()  # else only the launch would be timed
             if number:
                 times[name].append(1000 * (time.perf_counter() - start))
-        if number >= 2 and time.perf_counter() - begin > seconds:
+        gone = time.perf_counter() - begin
+        if (number >= 2 and gone > seconds) or (number >= rounds and gone > at_least):
             break
     return {name: statistics.median(found) for name, found in times.items()}
 

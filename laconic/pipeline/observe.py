@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laconic.core.units import Unit
+from laconic.kernels.ops import round_inputs
 
 from .measure import run_batch
 from .source_base import bytes_of
@@ -83,6 +84,18 @@ def histogram(x: Tensor, bins: int = 48) -> dict[str, Any]:
         "absmax": absmax,
         "outlier_ratio": absmax / rms if rms else 0.0,
     }
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, units: Iterable[Unit]) -> Iterator[None]:
+    """Let a float model round what its layers read, where their packed forms will."""
+    with ExitStack() as stack:
+        for unit in units:
+            for name in unit.names if unit.inputs else ():
+                module = model.get_submodule(name.rpartition(".")[0])
+                hook = lambda m, args, inputs=unit.inputs: (round_inputs(args[0], inputs), *args[1:])  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 def output_absmax(model: nn.Module, task: Any, paths: Iterable[str], batches: Sequence[Any]) -> dict[str, Tensor]:

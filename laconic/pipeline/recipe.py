@@ -16,6 +16,7 @@ from laconic.numerics import Scheme
 
 STAGES: dict[str, Stage] = {
     "fold_batchnorm": "fold", "smoothquant": "rewrite", "quantize": "quantize", "bias_correction": "repair",
+    "fuse_blocks": "export",
 }  # fmt: skip
 
 
@@ -41,13 +42,25 @@ class BiasCorrection(BaseModel):
     action: Literal["bias_correction"] = Field("bias_correction", alias="pass")
 
 
+class FuseBlocks(BaseModel):
+    """Run transformer blocks whose linear layers are packed as compiled code; their results are the same to rounding."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["fuse_blocks"] = Field("fuse_blocks", alias="pass")
+
+
 class Quantize(BaseModel):
-    """Pack parameters. `units`, where given, fixes every scheme (null: left as it is); else bits are allocated."""
+    """Pack parameters. `units`, where given, fixes every scheme (null: left as it is); else bits are allocated.
+
+    `inputs` says whether packed linear layers round their inputs to 8 bits a token when they run, which lets them take
+    integer products: auto does so only where a latency ceiling cannot be kept otherwise.
+    """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     action: Literal["quantize"] = Field("quantize", alias="pass")
     method: Literal["gptq", "rtn"] = "gptq"
     bits: list[int] = list(BITS)
+    inputs: Literal["auto", "float", "int8"] = "auto"
     units: dict[str, str | None] | None = None
 
     @field_validator("bits")
@@ -66,7 +79,7 @@ class Quantize(BaseModel):
         return units
 
 
-Step = FoldBatchNorm | SmoothQuant | Quantize | BiasCorrection
+Step = FoldBatchNorm | SmoothQuant | Quantize | BiasCorrection | FuseBlocks
 Pass = Annotated[Step, Field(discriminator="action")]
 
 
@@ -75,7 +88,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
-    passes: list[Pass] = [FoldBatchNorm(), Quantize(), BiasCorrection()]
+    passes: list[Pass] = [FoldBatchNorm(), Quantize(), BiasCorrection(), FuseBlocks()]
 
     @field_validator("passes")
     @classmethod
@@ -101,15 +114,23 @@ class Recipe(BaseModel):
         return any(isinstance(step, BiasCorrection) for step in self.passes)
 
     @property
+    def fuse(self) -> bool:
+        """Whether transformer blocks run as compiled code."""
+        return any(isinstance(step, FuseBlocks) for step in self.passes)
+
+    @property
     def quantize(self) -> Quantize | None:
         """How parameters are packed, or None."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
-    def with_units(self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True) -> Recipe:
+    def with_units(
+        self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True, int8: bool = False
+    ) -> Recipe:
         """The same recipe with every choice written out, without a bias correction that was not kept."""
         step = self.quantize or Quantize()
         units = {name: str(s) if s is not None else None for name, s in decision.items()}
-        fixed = step.model_copy(update={"units": units, "method": method})
+        inputs = "int8" if int8 else "float"
+        fixed = step.model_copy(update={"units": units, "method": method, "inputs": inputs})
         kept = [p for p in self.passes if correct_biases or not isinstance(p, BiasCorrection)]
         return Recipe(passes=[fixed if isinstance(p, Quantize) else p for p in kept])
 

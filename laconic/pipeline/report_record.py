@@ -38,8 +38,11 @@ def build_record(
     unit = "points" if metric is not None and metric.bounded else "%"
     size_ok = run.ceiling is None or run.size_after <= run.ceiling
     drop_ok = budget.drop is None or (found is not None and found.drop <= budget.drop)
-    certified = None if budget.drop is None or high is None else bool(size_ok and high <= budget.drop)
-    met = bool(size_ok and drop_ok)
+    # On a resumed run the ceiling in milliseconds is that of the float model measured now.
+    bound = budget.milliseconds(latency["before"]) if latency and latency["before"] else None
+    latency_ok = not budget.latency or (latency is not None and bound is not None and latency["after"] <= bound)
+    met = bool(size_ok and drop_ok and latency_ok)
+    certified = None if budget.drop is None or high is None else bool(size_ok and latency_ok and high <= budget.drop)
     ratio = ground.source.size_before / run.size_after
     model = ground.model
     return {
@@ -61,7 +64,8 @@ def build_record(
         "budget": {
             "text": budget.text,
             "size": None if run.ceiling is None else {"text": budget.text, "bytes": run.ceiling},
-            "drop": budget.drop, "latency": None, "memory": None,
+            "drop": budget.drop, "memory": None,
+            "latency": None if not budget.latency else {"text": budget.latency, "ms": bound, "met": bool(latency_ok)},
         },
         "before": {
             "size": ground.source.size_before, "value": found.before if found else None,

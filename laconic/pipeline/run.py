@@ -24,6 +24,7 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
 from laconic.errors import BadInput, LaconicError
 from laconic.kernels import native
+from laconic.kernels.ops import INT8_TOKENS
 from laconic.nn import storage_names
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
@@ -36,14 +37,17 @@ from .budget import Budget
 from .decide import fisher, option_costs
 from .ledger import coverage, ledger
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
-from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax
+from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax, rounded_inputs
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
 from .recipe import Recipe
 from .solve import Solving, column_power, solve
 from .source import Source, check_finite, resolve
 from .source_base import all_tensors, bytes_of
+from .source_weights import few
 from .stream import check_weights, sample
 from .tensorfile import TensorWriter, tensor_digest
+from .timed import find_timed, packed_records, set_inputs, ways_of
+from .timing import LayerTimes, blank_model, fuse_records, rows_seen
 from .tryout import Choice, fit, grown, try_plans
 from .workspace import Workspace, digest, write_whole
 
@@ -114,6 +118,7 @@ class Run:
         self.histograms: dict[str, dict[str, Any]] = {}
         self._select_before: Evaluation | None = None
         self._costs: dict[str, list[float]] | None = None
+        self.latency_ceiling: float | None = None
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -141,11 +146,10 @@ class Run:
 
     def check_budget(self, has_data: bool) -> None:
         """Refuse what no plan can promise."""
-        if self.budget.latency:
-            raise BadInput(
-                "a latency ceiling needs fast low-bit kernels, which this version does not have yet: leave latency out "
-                "of the budget (it is measured and reported anyway)"
-            )
+        if self.budget.latency and not has_data:
+            raise BadInput("a latency is measured on data: pass --data or --task, or leave latency out of the budget")
+        if self.budget.latency and torch.device(self.options.device).type != "cpu":
+            raise BadInput("a latency ceiling is held on the CPU so far: leave --device or latency out")
         if self.budget.memory:
             raise BadInput("memory is measured and reported, not yet a ceiling: leave it out, or bound the size")
         if self.budget.drop is not None and not has_data:
@@ -156,7 +160,9 @@ class Run:
         if model is None:
             model = data.model_name if isinstance(data, Task) else own_model(data) if isinstance(data, str) else None
             if model is None:
-                raise BadInput("no model was named: give a folder, a fetched name, module:function, or a task with its own")
+                raise BadInput(
+                    "no model was named: give a folder, a fetched name, module:function, or a task with its own"
+                )
         o = self.options
         return resolve(model, example=example, trust_remote_code=o.trust_remote_code, allow_pickle=o.allow_pickle)
 
@@ -208,7 +214,6 @@ class Run:
                 f"--max-ram is {bound:,} bytes; Python, torch and transformers alone take about "
                 f"{RUNTIME:,}, so at least {RUNTIME + (150 << 20):,} are needed"
             )
-        tight_heap()
         needed = RUNTIME + 4 * floats
         if needed <= bound:
             return False
@@ -216,6 +221,11 @@ class Run:
             raise BadInput(
                 f"a drop is held against the float model, which does not fit under --max-ram: raise --max-ram to about "
                 f"{needed:,} bytes, or leave drop out of the budget"
+            )
+        if self.budget.latency:
+            raise BadInput(
+                f"a latency is held against the float model, which does not fit under --max-ram: raise --max-ram to about "
+                f"{needed:,} bytes, or leave latency out of the budget"
             )
         return True
 
@@ -240,6 +250,8 @@ class Run:
         ceiling = self.ceiling if self.ceiling is not None else self.ground.source.size_before // 4
         workspace.open(2 * ceiling)  # the records of solved units, and the file
         self.workspace = workspace
+        if self.options.max_ram is not None:
+            tight_heap()
         try:
             with no_fast_products() if self.options.max_ram is not None else nullcontext():
                 return self._execute()
@@ -277,6 +289,7 @@ class Run:
             self._write_decision(decision, method)
             packed = self._solve(decision, method, digests)
         records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + packed
+        records += self._fuse(records)
         with self.stage("write"):
             self._write(decision, records, method)
         return self._verify(decision, records, coverage(ground, decision), method)
@@ -305,6 +318,16 @@ class Run:
                     one.apply(ground.model, record)
                 self.rewrites.append(Record(record.action, record.path, record.data))
 
+    def _fuse(self, records: Sequence[Record]) -> list[Record]:
+        """Which transformer blocks will run as compiled code."""
+        if not self.options.recipe.fuse:
+            return []
+        fused, left = fuse_records(self.ground.source.skeleton(), records)
+        for reason in sorted(set(left.values())):
+            paths = [path for path, said in left.items() if said == reason]
+            self._note(f"{len(paths)} transformer blocks run layer by layer, since {reason}: {few(paths)}")
+        return fused
+
     def _decide(self) -> tuple[Choice, str]:
         step = self.options.recipe.quantize
         method = step.method if step and self.batches("calibrate", 1) else "rtn"
@@ -315,9 +338,13 @@ class Run:
                 self._note(note)
             units = kept["units"]
             in_order = [u.name for u in self.ground.units if u.name in units]
-            return {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}, kept["method"]
+            decision = {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}
+            set_inputs(self.ground.units, decision, kept["inputs"])
+            return decision, kept["method"]
         with self.stage("decide"):
             decision = {} if step is None else self.fixed(self.ground) or self._allocate()
+        if step is not None and (step.inputs == "int8" or self._int8()):
+            set_inputs(self.ground.units, decision, INT8_TOKENS)
         self._write_decision(decision, method)
         return decision, method
 
@@ -326,10 +353,15 @@ class Run:
             "decision.json",
             {
                 "identity": self.identity, "method": method, "budget": self.budget.text, "ceiling": self.ceiling,
+                "inputs": INT8_TOKENS if self._int8() else "",
                 "units": {n: str(s) if s is not None else None for n, s in decision.items()},
                 "tried": self.tried, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
             },
         )  # fmt: skip
+
+    def _int8(self) -> bool:
+        """Whether packed linear layers round their inputs."""
+        return any(unit.inputs for unit in self.ground.units)
 
     def fixed(self, ground: Ground) -> Choice | None:
         """The decision that the recipe states, if it states one.
@@ -352,6 +384,8 @@ class Run:
 
     def _allocate(self) -> Choice:
         ground, costs = self.ground, self._option_costs()
+        if self.budget.latency:
+            return self._allocate_timed(costs)
         if self.task is None or ground.streamed or "select" not in self.task.splits:
             return fit(ground, costs, self.ceiling if self.ceiling is not None else ground.source.size_before // 4)
         start = time.perf_counter()
@@ -360,6 +394,43 @@ class Run:
             ground, costs, self.ceiling, self.budget.drop, time.perf_counter() - start < QUICK,
             lambda decision: self._measure_select("rounded", decision), lambda d, t: self.progress("try", d, t),
         )  # fmt: skip
+
+    def _allocate_timed(self, costs: dict[str, list[float]]) -> Choice:
+        """The best plan under the ceilings of bytes and of milliseconds."""
+        ground, step = self.ground, self.options.recipe.quantize
+        batch = self._latency_batch()
+        if batch is None or step is None:
+            raise BadInput("a latency is measured on data with inputs: leave latency out of the budget")
+        before = latency_ms({"float": lambda: run_batch(self.task, ground.model, batch)})["float"]
+        self.latency_ceiling = self.budget.milliseconds(before)
+        assert self.latency_ceiling is not None
+        done = 0
+
+        def try_whole(decision: Choice) -> float:
+            nonlocal done
+            self.progress("time", done, done + 1)
+            done += 1
+            records = packed_records(ground, decision, self.options.recipe.fuse)
+            model = blank_model(ground.source.skeleton(), records, self.options.device)
+            return latency_ms({"packed": lambda: run_batch(self.task, model, batch)})["packed"]
+
+        times = LayerTimes(rows_seen(ground.model, self.task, batch, ground.packable))
+        ways = ways_of(step.inputs)
+        found, _ = find_timed(ground, costs, times, self.ceiling, before, self.latency_ceiling, ways, try_whole)
+        if found.inputs and ways[0] != found.inputs:
+            self._note(
+                "linear layers round their inputs to 8 bits a token: without that, no plan keeps the latency ceiling"
+            )
+        slow = [
+            u
+            for u in ground.packable
+            if found.decision.get(u.name) is None and times.extra(u, u.options[0], found.inputs) > 0
+        ]
+        if slow:
+            self._note(
+                f"left as they are, since packed they would be slower at this batch: {few([u.name for u in slow])}"
+            )
+        return found.decision
 
     def _option_costs(self) -> dict[str, list[float]]:
         """Cost of every option of every unit, worked out once, on the float model."""
@@ -460,6 +531,9 @@ class Run:
         missed = self.budget.drop is not None and self.select_drop is not None and self.select_drop > self.budget.drop
         if not missed or self.fixed(self.ground) is not None or self.options.recipe.quantize is None:
             return None
+        if self.budget.latency:
+            self._note("the drop is missed on the select split; a larger plan would have to be timed again")
+            return None
         with self.stage("decide"):
             self._reload()
             larger = grown(self.ground, self._option_costs(), decision, self.ceiling)
@@ -489,7 +563,8 @@ class Run:
     def _measure_select(self, name: str, decision: Choice) -> float:
         """The drop on the select split of what the model holds now; the plot shows it."""
         assert self.task is not None and self._select_before is not None
-        after = self.task.evaluate(self.ground.model, "select")
+        with rounded_inputs(self.ground.model, self.ground.units):
+            after = self.task.evaluate(self.ground.model, "select")
         found = compare_evaluations(self._select_before, after, self.task.metric, self.options.seed)
         size = self.ground.layout(decision).total_bytes
         self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select")
@@ -533,9 +608,11 @@ class Run:
         total = sum(row["bytes"] for row in self.ledger) + self.header + self.padding
         self.size_after = (partial / "model.safetensors").stat().st_size
         if total != self.size_after:
-            raise LaconicError(f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect")
+            raise LaconicError(
+                f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect"
+            )
         kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
-        recipe = self.options.recipe.with_units(decision, method, kept)
+        recipe = self.options.recipe.with_units(decision, method, kept, self._int8())
         write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
         for record in records:
             record.data.pop("key", None)
@@ -586,17 +663,29 @@ class Run:
 
     def _latency(self, packed: nn.Module) -> dict[str, Any] | None:
         """Milliseconds of the float and the packed model on one batch of the user's size."""
-        n = self.options.batch or 1
-        batches = self.batches("verify", 10**9, batch=n, limit=n)
-        if not batches:
+        batch = self._latency_batch()
+        if batch is None:
             return None
-        runs: dict[str, Callable[[], Any]] = {"after": lambda: run_batch(self.task, packed, batches[0])}
+        runs: dict[str, Callable[[], Any]] = {"after": lambda: run_batch(self.task, packed, batch)}
         if not self.ground.streamed:
             # The model in memory holds the values that the packed weights stand for: same shapes, same float work.
-            runs["before"] = lambda: run_batch(self.task, self.ground.model, batches[0])
+            runs["before"] = lambda: run_batch(self.task, self.ground.model, batch)
         with self.stage("latency"):
             found = latency_ms(runs)
-        return {"before": found.get("before"), "after": found["after"], "batch": n, "seq": self.options.seq, "rounds": 7}
+        n = self.options.batch or 1
+        return {
+            "before": found.get("before"),
+            "after": found["after"],
+            "batch": n,
+            "seq": self.options.seq,
+            "rounds": 7,
+        }
+
+    def _latency_batch(self) -> Any:
+        """A batch of the user's size, or None where the task has no inputs."""
+        n = self.options.batch or 1
+        batches = self.batches("verify", 10**9, batch=n, limit=n)
+        return batches[0] if batches else None
 
     # --- small things -----------------------------------------------------------------------------------------------
 

@@ -113,9 +113,10 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def stored_names(model: nn.Module) -> list[str]:
     """Every parameter and persistent buffer once, under its first name."""
     names = [name for name, _ in model.named_parameters()]
+    modules = dict(model.named_modules())
     for name, _ in model.named_buffers():
         path, _, attribute = name.rpartition(".")
-        if attribute not in model.get_submodule(path)._non_persistent_buffers_set:
+        if attribute not in modules[path]._non_persistent_buffers_set:
             names.append(name)
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def transformers_config(folder: Path, raw: dict[str, Any], trust_remote_code: bo
     if kind not in CONFIG_MAPPING and known is None:
         _refuse_remote(folder, raw, trust_remote_code, f"the model type {kind!r}")
     try:
+        if kind in CONFIG_MAPPING and "auto_map" not in raw:  # as AutoConfig would, without reading the file again
+            return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(raw), name_or_path=str(folder))
         if kind in CONFIG_MAPPING or known is None:
             return transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from laconic.errors import BadInput
 from laconic.pipeline.source_base import all_tensors, first_line, put, tensor_owners
@@ -88,6 +89,7 @@ def on_meta(cls: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:
         with ExitStack() as stack:
             for context in cls.get_init_context(dtype, False, False, None):
                 stack.enter_context(context)
+            stack.enter_context(_NothingToDraw())
             model = cls(copy.deepcopy(config))
     except Exception as error:  # a model's constructor may raise anything on a config that doesn't fit
         raise BadInput(
@@ -102,6 +104,17 @@ def on_meta(cls: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:
             if match and tensor.is_floating_point() and id(tensor) in owners:
                 put(owners, tensor, torch.empty_like(tensor, dtype=kept[of_group[match.lastgroup]]))
     return model
+
+
+class _NothingToDraw(TorchFunctionMode):
+    """A tensor on meta has no values, and going through the motions of drawing them takes as long as the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
 
 
 def _specs(plan: Blueprint, found: Iterable[Origin], store: Store, folder: Path) -> dict[str, Spec]:

@@ -1,10 +1,10 @@
-"""Read and write safetensors files by `pread` and `pwrite`: no memory map, no whole file in memory.
+"""Read and write safetensors files by `pread` and `pwrite`, with no whole file in memory; or look at one through a map.
 
 The format is `u64 header length | JSON header | data`. Each half of the work has a file of its own:
 
     tensorfile_format    names, dtypes, limits, digests
     tensorfile_header    which files a folder has, and headers read and checked
-    tensorfile_reader    `TensorReader`: tensors, or rows of them, in fresh memory
+    tensorfile_reader    `TensorReader`: tensors, or rows of them, in fresh memory or as views of the mapped file
     tensorfile_layout    `file_layout`: where every byte will go, and how tensors come to be aligned
     tensorfile_writer    `TensorWriter`: written in any order, complete or refused
 

@@ -1,7 +1,8 @@
-"""Reading safetensors files by `pread`: no memory map, no whole file in memory."""
+"""Reading safetensors files: tensors by `pread` into fresh memory, or as views of the mapped file."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ __all__ = ["TensorReader"]
 class TensorReader:
     """Tensors of one `.safetensors` file, or of a folder with `model.safetensors` or its shards and index.
 
-    Every header is parsed and checked here before anything is read. Reads are `pread` into fresh memory, so
-    they may come from several threads and work under a limit on address space.
+    Every header is parsed and checked here before anything is read. `read` is `pread` into fresh memory, so it may
+    come from several threads and works under a limit on address space. `view` maps the file and copies nothing.
 
     Args:
         path: a file or a folder.
@@ -47,6 +48,7 @@ class TensorReader:
         self.header_bytes = self.padding_bytes = self.size = 0
         self._entries: dict[str, Entry] = {}
         self._descriptors: dict[int, int] = {}
+        self._maps: dict[int, mmap.mmap | None] = {}
         self.files, weight_map, total = weight_files(self.path)
         unlisted = 0
         for number, file in enumerate(self.files):
@@ -126,6 +128,36 @@ class TensorReader:
         self._fill(name, bytes_of(tensor), entry.offset + start * row)
         return tensor
 
+    def view(self, name: str) -> Tensor:
+        """A tensor that lies in the memory-mapped file: bytes come when they are touched, and are never copied.
+
+        The mapping is private and copies on write: who writes to the tensor gets pages of its own, and the file stays
+        as it is. The mapping lives as long as a tensor in it, also after `close`; meanwhile nothing may cut the file
+        short. Where it cannot be mapped (an unaligned tensor, a limit on address space), the tensor is read.
+        """
+        entry = self._entry(name)
+        mapped = self._mapped(entry.file)
+        if mapped is None or entry.nbytes == 0 or entry.offset % entry.dtype.itemsize:
+            return self.read(name)
+        count = entry.nbytes // entry.dtype.itemsize
+        return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset).view(entry.shape)
+
+    def prefetch(self) -> None:
+        """Ask the system to fetch all files into its cache, and do not wait for it: `view` will touch their bytes."""
+        for number in range(len(self.files)):
+            mapped = self._mapped(number)
+            if mapped is not None and hasattr(mmap, "MADV_WILLNEED"):
+                mapped.madvise(mmap.MADV_WILLNEED)
+
+    def _mapped(self, number: int) -> mmap.mmap | None:
+        """The map of one file, made when it is first asked for; None where the system refuses."""
+        if number not in self._maps:
+            try:
+                self._maps[number] = mmap.mmap(self._descriptors[number], 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError):
+                self._maps[number] = None
+        return self._maps[number]
+
     def digest(self, name: str) -> str:
         """SHA-256 of the tensor's dtype, shape and bytes, read in bounded chunks."""
         entry = self._entry(name)
@@ -154,7 +186,8 @@ class TensorReader:
             raise LaconicError(f"{self.path} holds no tensor {name!r}") from None
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; tensors that `view` gave stay valid."""
+        self._maps = {}  # each tensor holds on to its map
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from laconic.core.allocate import allocate_within
 from laconic.core.units import Unit
 from laconic.errors import Impossible
 from laconic.nn import matrix_view, restore_view
@@ -83,6 +84,32 @@ def fit(ground: Ground, costs: Mapping[str, list[float]], ceiling: int) -> Choic
             return decision
         room -= excess + 64
     return least
+
+
+def fit_within(
+    ground: Ground,
+    costs: Mapping[str, list[float]],
+    ceiling: int | None,
+    times: Callable[[Unit, Scheme | None], float],
+    room: float,
+) -> Choice:
+    """The cheapest decision whose exact file fits under a ceiling, and whose layers cost at most `room` milliseconds more
+    than as they are (less than none: they must gain that much).
+
+    Raises:
+        Impossible: there is none.
+    """
+    units = ground.packable
+    options = [(None, *u.options) for u in units]
+    cost = [[0.0, *costs[u.name]] for u in units]
+    limits = [("time", [[times(u, s) for s in choices] for u, choices in zip(units, options, strict=True)], room)]
+    if ceiling is not None:
+        # Units state an upper bound of their share of the header, so the file is never larger than this sum.
+        fixed = ground.layout({}).total_bytes - sum(u.nbytes for u in units)
+        size = [[float(u.stored(s)) for s in choices] for u, choices in zip(units, options, strict=True)]
+        limits.append(("size", size, float(ceiling - fixed)))
+    picked = allocate_within(cost, limits)
+    return {u.name: choices[i] for u, choices, i in zip(units, options, picked, strict=True)}
 
 
 def grown(ground: Ground, costs: Mapping[str, list[float]], decision: Choice, ceiling: int | None) -> Choice | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .answers import labels_table, similarity_table, speed_line
 from .html import render_report, write_report
 from .jsonline import json_line
 from .plan import plan_table
@@ -14,8 +15,11 @@ __all__ = [
     "comparison_table",
     "inspect_tree",
     "json_line",
+    "labels_table",
     "plan_table",
     "render_report",
+    "similarity_table",
+    "speed_line",
     "summary_table",
     "write_report",
 ]

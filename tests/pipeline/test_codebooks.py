@@ -16,6 +16,7 @@ from laconic.core import passes
 from laconic.core.structure import Structure
 from laconic.core.units import schemes_for
 from laconic.nn import packed_specs, unpack_parameter
+from laconic.nn.check_ops import CASES, check_op
 from laconic.nn.packed import matrix_view, restore_view
 from laconic.numerics import Int, Scheme, fake_quantize
 from laconic.pipeline.compress import compress, plan
@@ -129,3 +130,9 @@ def test_passes(scheme: str) -> None:
     with pytest.raises(ValueError, match=r"fc\.weight: gptq works on integer codes.*rtn"):
         gptq_matrix(torch.randn(4, 32), torch.eye(32), Scheme.parse(scheme), name="fc.weight")
     assert GPTQ.id == "gptq"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_runs_is_right(name: str) -> None:
+    """Whichever kernel is registered reads these codes as what they are."""
+    assert "cases" in check_op(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -430,6 +431,119 @@ def test_buffers_that_no_file_holds_must_be_real(made):
     model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(BadInput, match=r"table of CalledTwice are on meta"):
         load(made("called_twice")[0], into=model)
+
+
+# --- the mapped file ----------------------------------------------------------------------------------------
+
+
+def in_file(tensor: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's bytes lie in a mapping of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *name = line.split(maxsplit=5)
+        low, high = (int(end, 16) for end in span.split("-"))
+        if name == [str(file)] and low <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= high:
+            return True
+    return False
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc to see mappings")
+
+
+@linux
+@pytest.mark.parametrize("name", ["llama_tied", "t5", "resnet", "convnet"])
+def test_tensors_are_views_of_the_mapped_file(made, name):
+    folder, model, expected = made(name)
+    file = folder / "model.safetensors"
+    skeleton = None if ZOO[name].auto else float_skeleton(name)
+    loaded = load(folder, into=skeleton)
+    stored = {n: tensor for n, tensor in load_file(file).items() if tensor.numel() and not n.startswith("__pad_")}
+    tensors = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    found = {n for n, tensor in tensors.items() if tensor.numel() and in_file(tensor, file)}
+    assert found == set(stored)  # codes, scales and what is not packed
+    assert {n.rpartition("_")[2] for n in found} >= {"packed", "scale"}
+    loaded.to("cpu").eval().requires_grad_(False)
+    assert all(in_file(tensors[n], file) for n in found)
+    loaded.to(torch.float64)
+    kept = {n for n, t in (dict(loaded.named_parameters()) | dict(loaded.named_buffers())).items() if in_file(t, file)}
+    packed = {n for n in found if n.endswith(("_packed", "_scale", "_zero_point", "_shape"))}
+    assert packed <= kept
+    own = load(folder, into=None if skeleton is None else float_skeleton(name), mmap=False)
+    assert not any(in_file(tensor, file) for tensor in own.state_dict().values())
+    assert same(outputs(own, ZOO[name].example(model)), expected)
+
+
+WIDE = "nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024), nn.Linear(1024, 4096), nn.Linear(4096, 1024)).eval()"
+
+
+@linux
+def test_no_second_copy_in_memory(tmp_path):
+    """Memory of the process's own (not of the file's pages) after loading and an answer, against the file."""
+    source = resolve(eval(WIDE))  # the script below has the same, and imports nothing of ours
+    folder = write_artifact(tmp_path / "out", source, [r for r in round_records(source) if not r.path.startswith("3.")])
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 25e6  # seen among the bytes of torch itself
+    script = f"""
+import sys, torch
+from torch import nn
+from laconic.pipeline.load import load
+def own():
+    rows = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    return 1024 * int(rows["Private_Dirty"].split()[0])
+with torch.device("meta"):
+    first, skeleton = {WIDE}, {WIDE}
+example = torch.zeros(1, 1024)
+with torch.inference_mode():
+    load(r"{folder}", into=first, mmap=True)(example)  # what torch and the kernels keep
+    del first
+    before = own()
+    model = load(r"{folder}", into=skeleton, mmap=sys.argv[1] == "True")
+    model(example)
+print(own() - before)
+"""
+    grown = {}
+    for mapped in (True, False):
+        env = dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1")
+        command = [sys.executable, "-c", script, str(mapped)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        assert done.returncode == 0, done.stderr
+        grown[mapped] = int(done.stdout)
+    assert grown[True] < 0.1 * size and grown[False] > 0.8 * size, grown
+
+
+def test_what_is_written_to_mapped_weights_stays_in_this_process(made):
+    """An optimizer steps on norms and biases, codes are overwritten; the file and the next load know nothing of it."""
+    folder, model, expected = made("gpt2")
+    before = (folder / "model.safetensors").read_bytes()
+    loaded = load(folder)
+    trained = [p for p in loaded.parameters() if p.requires_grad]
+    assert trained
+    ids = torch.arange(6)[None]
+    optimizer = torch.optim.SGD(trained, 1.0)
+    loaded(ids, labels=ids).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        loaded.transformer.wte.weight_packed.zero_()
+        loaded.transformer.ln_f.bias.data.fill_(3)
+    assert not same(outputs(loaded, ZOO["gpt2"].example(model)), expected)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert same(outputs(load(folder), ZOO["gpt2"].example(model)), expected)
+
+
+def test_a_mapped_model_outlives_its_folder(copied, made, tmp_path):
+    folder = copied("llama")
+    loaded = load(folder)
+    shutil.rmtree(folder)
+    _, model, expected = made("llama")
+    assert same(outputs(copy.deepcopy(loaded), ZOO["llama"].example(model)), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(outputs(load_again(tmp_path / "again"), ZOO["llama"].example(model)), expected)
+
+
+def load_again(folder: Path) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- folds, devices, damage ---------------------------------------------------------------------------------
 
 
 def test_folded_norms(tmp_path):

@@ -370,22 +370,63 @@ def test_without_fallocate(tmp_path, monkeypatch):
     assert set(load_file(tmp_path / "a")) >= {name for name, _, _ in SPECS}
 
 
+def test_views_equal_what_is_read_and_outlive_the_reader(tmp_path):
+    tensors = {f"t{i}": tensor_of(dtype, i, 3, seed=i) for i, dtype in enumerate(DTYPES)}
+    specs = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with TensorWriter(tmp_path / "a", specs) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    with TensorReader(tmp_path / "a") as reader:
+        reader.prefetch()
+        views = {name: reader.view(name) for name in reader.names()}
+        assert all(same_bytes(views[name], reader.read(name)) for name in tensors)
+    (tmp_path / "a").unlink()
+    assert all(same_bytes(views[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_view_that_is_written_to_leaves_the_file_alone(tmp_path):
+    save_file({"a": torch.ones(64)}, tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    with TensorReader(tmp_path / "a") as reader:
+        view = reader.view("a")
+        view.zero_()
+        assert torch.equal(view, torch.zeros(64)) and torch.equal(reader.read("a"), torch.ones(64))
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_unaligned_tensors_are_read(tmp_path):
+    """Other writers do not align: an address that no float may have is copied to one that it may."""
+    values = torch.arange(4.0)
+    header = json.dumps({
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": {"dtype": "F32", "shape": [4], "data_offsets": [1, 17]},
+    }).encode()  # fmt: skip
+    header += b" " * (-len(header) % 8)
+    raw_file(tmp_path / "a", header, b"\x07" + values.numpy().tobytes())
+    with TensorReader(tmp_path / "a") as reader:
+        assert reader.view("a").item() == 7 and torch.equal(reader.view("b"), values)
+        assert reader.view("b").data_ptr() % 4 == 0
+
+
 def test_reads_under_a_limit_on_address_space(tmp_path):
-    """A 1 GB (sparse) file is read by rows with only 256 MB of address space left: a memory map could not."""
+    """A 1 GB (sparse) file is read with only 256 MB of address space left: a memory map could not, and `view` reads instead."""
     rows, width = 1 << 14, 1 << 14
-    header = json.dumps(
-        {"w": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, rows * width * 4]}}
-    ).encode()
+    size = rows * width * 4
+    header = json.dumps({
+        "w": {"dtype": "F32", "shape": [rows, width], "data_offsets": [0, size]},
+        "v": {"dtype": "F32", "shape": [4], "data_offsets": [size, size + 16]},
+    }).encode()  # fmt: skip
     file = raw_file(tmp_path / "model.safetensors", header)
-    os.truncate(file, 8 + len(header) + rows * width * 4)
+    os.truncate(file, 8 + len(header) + size + 16)
     code = f"""
 import resource
 from laconic.pipeline.tensorfile import TensorReader
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
-print(TensorReader({str(file)!r}).read("w", {rows - 100}, {rows}).shape)
+reader = TensorReader({str(file)!r})
+reader.prefetch()
+print(reader.read("w", {rows - 100}, {rows}).shape, reader.view("v").tolist())
 """
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc to know the address space in use")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == f"torch.Size([100, {width}])", done.stderr
+    assert done.stdout.strip() == f"torch.Size([100, {width}]) [0.0, 0.0, 0.0, 0.0]", done.stderr

@@ -19,6 +19,16 @@ Layer layer_of(const Weights& weights, Address bias, Int bias_length, bool int8)
   return layer;
 }
 
+Layer dense_of(Address weight, Int length, Int rows, Int k, Address bias, Int bias_length) {
+  check_block("weight", weight, length, rows, k, 4);
+  if (bias != 0) check_block("bias", bias, bias_length, 1, rows, 4);
+  Layer layer{};
+  layer.w.dense = reinterpret_cast<const float*>(weight);
+  layer.w.rows = rows, layer.w.k = k, layer.w.group = k > 0 ? k : 1;
+  layer.bias = reinterpret_cast<const float*>(bias);
+  return layer;
+}
+
 Norm norm_of(Address weight, Address bias, Int length, Int width, float eps, bool centred) {
   check_block("norm weight", weight, length, 1, width, 4);
   if (bias != 0) check_block("norm bias", bias, length, 1, width, 4);
@@ -119,7 +129,13 @@ void bind_block(nb::module_& m) {
            [](Layer* self, const Weights& weights, Address bias, Int bias_length, bool int8) {
              new (self) Layer(layer_of(weights, bias, bias_length, int8));
            },
-           nb::arg("weights"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("int8"));
+           nb::arg("weights"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("int8"))
+      .def("__init__",
+           [](Layer* self, Address weight, Int length, Int rows, Int k, Address bias, Int bias_length) {
+             new (self) Layer(dense_of(weight, length, rows, k, bias, bias_length));
+           },
+           nb::arg("weight"), nb::arg("length"), nb::arg("rows"), nb::arg("k"), nb::arg("bias"),
+           nb::arg("bias_length"));
   nb::class_<Norm>(m, "Norm", "A layer norm, or a root-mean-square norm.")
       .def("__init__",
            [](Norm* self, Address weight, Address bias, Int length, Int width, float eps, bool centred) {

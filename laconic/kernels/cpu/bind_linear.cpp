@@ -11,7 +11,11 @@ namespace nb = nanobind;
 namespace laconic::edge {
 
 Matrix matrix_of(const Weights& w) {
-  check_codes(w.bits, w.k, w.words_per_row);
+  if (!w.base3) {
+    check_codes(w.bits, w.k, w.words_per_row);
+  } else if (w.k < 0 || w.bits != 2 || w.words_per_row != (w.k + 19) / 20) {
+    refuse("words: " + std::to_string(w.words_per_row) + " per row do not hold " + std::to_string(w.k) + " ternary codes");
+  }
   check_block("words", w.words, w.words_length, w.rows, w.words_per_row, 4);
   if (w.group < 1) refuse("group is " + std::to_string(w.group) + ", must be at least 1");
   const Int need = w.k == 0 ? 1 : (w.k - 1) / w.group + 1;
@@ -33,9 +37,11 @@ Matrix matrix_of(const Weights& w) {
   if (w.levels != 0) {
     if (w.bits > 4) refuse("levels: a table has at most 16 entries, so bits is at most 4");
     if (kind != Zero::none) refuse("levels: a table has no zero point");
+    if (w.base3) refuse("levels: ternary codes have none");
     check_block("levels", w.levels, w.levels_length, 1, Int{1} << w.bits, 4);
   }
   return {
+      .dense = nullptr,
       .words = reinterpret_cast<const std::uint32_t*>(w.words),
       .scale = reinterpret_cast<const void*>(w.scale),
       .zero = reinterpret_cast<const void*>(w.zero),
@@ -46,6 +52,8 @@ Matrix matrix_of(const Weights& w) {
       .groups = w.groups,
       .group = w.group,
       .bits = static_cast<int>(w.bits),
+      .middle = w.base3 ? 1.0f : static_cast<float>(1 << (w.bits - 1)),
+      .base3 = w.base3,
       .scale_dtype = dtype,
       .zero_kind = kind,
       .one_scale = one,
@@ -95,15 +103,15 @@ void bind_linear(nb::module_& m) {
       .def("__init__",
            [](Weights* self, Address words, Int words_length, Int rows, Int words_per_row, Address scale,
               Int scale_length, Int scale_dtype, Int scale_rows, Address zero, Int zero_length, Int zero_kind,
-              Address levels, Int levels_length, Int groups, Int group, Int bits, Int k) {
+              Address levels, Int levels_length, Int groups, Int group, Int bits, Int k, bool base3) {
              new (self) Weights{words, words_length, rows, words_per_row, scale, scale_length, scale_dtype, scale_rows,
-                                zero, zero_length, zero_kind, levels, levels_length, groups, group, bits, k};
+                                zero, zero_length, zero_kind, levels, levels_length, groups, group, bits, k, base3};
              static_cast<void>(matrix_of(*self));  // refuse now, and not at the first use
            },
            nb::arg("words"), nb::arg("words_length"), nb::arg("rows"), nb::arg("words_per_row"), nb::arg("scale"),
            nb::arg("scale_length"), nb::arg("scale_dtype"), nb::arg("scale_rows"), nb::arg("zero"),
            nb::arg("zero_length"), nb::arg("zero_kind"), nb::arg("levels"), nb::arg("levels_length"),
-           nb::arg("groups"), nb::arg("group"), nb::arg("bits"), nb::arg("k"));
+           nb::arg("groups"), nb::arg("group"), nb::arg("bits"), nb::arg("k"), nb::arg("base3"));
   m.def("linear", &linear, nb::arg("weights"), nb::arg("x"), nb::arg("x_length"), nb::arg("m"), nb::arg("out"),
         nb::arg("out_length"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("residual"),
         nb::arg("residual_length"), nb::arg("act"), nb::arg("int8"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());

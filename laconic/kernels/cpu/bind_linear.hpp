@@ -16,6 +16,7 @@ struct Weights {
   Int zero_length, zero_kind;
   Address levels;
   Int levels_length, groups, group, bits, k;
+  bool base3;
 };
 
 /// The matrix, with every bound checked.

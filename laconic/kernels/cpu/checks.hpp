@@ -76,6 +76,7 @@ inline int threads_of(Int threads) {
 // Each file bind_*.cpp adds its functions to the module.
 void bind_linear(nanobind::module_& m);
 void bind_block(nanobind::module_& m);
+void bind_bits(nanobind::module_& m);
 void bind_norm(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);
 

@@ -66,23 +66,23 @@ inline Panel panel_of(const Linear& job, std::int64_t k_padded, std::uint8_t* sc
   return {scratch, scales, scales + floats, reinterpret_cast<std::uint8_t*>(scales + 2 * floats)};
 }
 
-template <int Bits, class V = Simd>  // a parameter, so that what V lacks is not looked up
+template <int Bits, bool InRegisters = Simd::kUnpacks, class V = Simd>  // a parameter, so that what V lacks is not looked up
 void fill_codes(const Matrix& w, const Panel& to, std::int64_t first, std::int64_t k_padded, Isa isa) {
   constexpr int kCodes = 4 * V::kLanes;  // in a vector
   const std::int64_t row_bytes = 4 * w.words_per_row;
   for (int half = 0; half < 2; ++half) {
     const std::int64_t n = first + half * V::kLanes;
-    if constexpr (!V::kUnpacks) {
+    if constexpr (!InRegisters) {
       for (int r = 0; r < V::kLanes; ++r) {
         std::uint8_t* row = to.rows + r * k_padded;
-        if (n + r < w.rows) unpack_row(w.words + (n + r) * w.words_per_row, Bits, w.k, row, isa);
+        if (n + r < w.rows) unpack_codes(w, n + r, 0, w.k, row, isa);
         for (std::int64_t i = n + r < w.rows ? w.k : 0; i < k_padded; ++i) row[i] = 0;
       }
     }
     for (std::int64_t at = 0; at < k_padded; at += kCodes) {
       typename V::I block[V::kLanes];
       for (int r = 0; r < V::kLanes; ++r) {
-        if constexpr (V::kUnpacks) {
+        if constexpr (InRegisters) {
           // Bits beyond the row are zero only up to its last word, and inputs are zero there: any code will do.
           const std::int64_t byte = at / 8 * Bits, left = n + r < w.rows ? row_bytes - byte : 0;
           const auto* row = reinterpret_cast<const std::uint8_t*>(w.words) + (n + r) * row_bytes + byte;
@@ -101,7 +101,7 @@ void fill_codes(const Matrix& w, const Panel& to, std::int64_t first, std::int64
 
 /// Scales, and scales times zero points, with the rows of the panel side by side; zero for rows beyond the last.
 inline void fill_scales(const Matrix& w, const Panel& to, std::int64_t first, float* row) {
-  const float middle = static_cast<float>(1 << (w.bits - 1));
+  const float middle = w.middle;
   float* zeros = row + w.groups + Simd::kLanes;
   for (int r = 0; r < kPanel; ++r) {
     const std::int64_t n = first + r;
@@ -181,7 +181,8 @@ inline void linear_int8(const Linear& job, const Rounded& in, std::int64_t numbe
                         std::int64_t m_end, std::uint8_t* scratch, Isa isa) {
   const std::int64_t first = number * kPanel;
   const Panel panel = panel_of(job, in.k_padded, scratch);
-  switch (job.w.bits) {
+  if (job.w.base3) fill_codes<2, false>(job.w, panel, first, in.k_padded, isa);
+  else switch (job.w.bits) {
     case 1: fill_codes<1>(job.w, panel, first, in.k_padded, isa); break;
     case 2: fill_codes<2>(job.w, panel, first, in.k_padded, isa); break;
     case 3: fill_codes<3>(job.w, panel, first, in.k_padded, isa); break;

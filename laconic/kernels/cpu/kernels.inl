@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bits.hpp"
+#include "conv.hpp"
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
@@ -16,8 +18,11 @@
 #include "activation.inl"
 #include "weight_only.inl"
 #include "integer.inl"
+#include "dense.inl"
 #include "attention.inl"
 #include "block.inl"
+#include "bits.inl"
+#include "conv.inl"
 #include "elements.inl"
 #include "unpack.inl"
 #include "dequantize.inl"
@@ -36,10 +41,26 @@ static const Table kTable{
     .tile = kTile,
     .round_inputs = round_inputs,
     .linear_int8 = linear_int8,
+    .dense_scratch = dense_scratch,
+    .linear_dense = linear_dense,
+    .dense_rows = dense_rows,
     .attend = attend,
     .norm_rows = norm_rows,
     .rotate_rows = rotate_rows,
     .multiply = multiply,
+    .mismatch_panels = mismatch_panels,
+    .mismatch_rows = mismatch_rows,
+    .byte_panels = byte_panels,
+    .lay_panel = lay_panel,
+    .add_counts = add_counts,
+    .finish_bits = finish_bits,
+    .sign_row = sign_row,
+    .plane_row = plane_row,
+    .map_signs = map_signs,
+    .map_bytes = map_bytes,
+    .leave_out = leave_out,
+    .sum_bytes = sum_bytes,
+    .finish_conv = finish_conv,
     .unpack_row = unpack_row,
     .dequantize_rows = dequantize_rows,
     .hadamard_rows = hadamard_rows,

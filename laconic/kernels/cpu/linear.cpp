@@ -17,11 +17,11 @@ Sizes sizes(const Linear& job, Isa isa) {
   const Matrix& w = job.w;
   const std::int64_t lanes = table(isa).lanes, padded = w.groups + lanes;
   if (!reads_lanes(w)) return {0, 0, 0, w.k + w.k / 4 + 1 + 2 * padded + 2 * lanes};
-  const std::int64_t chunk = codes_per_lane(w.bits) * lanes, chunks = (w.k + chunk - 1) / chunk;
+  const std::int64_t chunk = codes_per_lane(w) * lanes, chunks = (w.k + chunk - 1) / chunk;
   return {job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
-constexpr std::int64_t kBlock = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
+constexpr std::int64_t kInputRows = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
 
 struct Int8Sizes {
   std::int64_t codes, scale, sums, thread;  // in bytes
@@ -41,7 +41,31 @@ Int8Sizes int8_sizes(const Linear& job, Isa isa) {
 
 }  // namespace
 
+namespace {
+
+constexpr std::int64_t kFew = 8;         // rows of x that meet codes as they come
+constexpr std::int64_t kDenseRows = 96;  // rows of x, whole tiles, that one panel meets before the next
+
+void by_panels(const Linear& job, float* scratch, int threads, Isa isa) {
+  const Table& kernels = table(isa);
+  const std::int64_t own = kernels.dense_scratch(job.w), panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
+  // A second block unpacks the panels again: only where there are fewer panels than threads does it pay to have one.
+  const std::int64_t size = panels >= 2 * threads ? job.m : kDenseRows, blocks = (job.m + size - 1) / size;
+  parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t block = task / panels * size, stop = block + size < job.m ? block + size : job.m;
+      kernels.linear_dense(job, task % panels, block, stop, scratch + thread * own, isa);
+    }
+  });
+}
+
+bool takes_panels(const Linear& job) { return job.m > kFew && job.w.k > 0; }
+
+}  // namespace
+
 std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa) {
+  if (takes_panels(job)) return threads * table(isa).dense_scratch(job.w);
+  if (job.w.dense != nullptr) return 0;
   const Sizes s = sizes(job, isa);
   return s.x + s.sums + s.index + threads * s.thread;
 }
@@ -49,6 +73,12 @@ std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa) {
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
   if (job.m == 0 || job.w.rows == 0) return;
   const Table& kernels = table(isa);
+  if (takes_panels(job)) return by_panels(job, scratch, threads, isa);
+  if (job.w.dense != nullptr) {
+    return parallel(threads, job.w.rows, kGrain, [&](std::int64_t begin, std::int64_t end, int) {
+      kernels.dense_rows(job, begin, end);
+    });
+  }
   const Sizes s = sizes(job, isa);
   float* own = scratch + s.x + s.sums + s.index;
   const auto mine = [&](int thread) { return own + thread * s.thread; };
@@ -58,7 +88,7 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
     });
     return;
   }
-  const std::int64_t lanes = kernels.lanes, chunk = codes_per_lane(job.w.bits) * lanes;
+  const std::int64_t lanes = kernels.lanes, chunk = codes_per_lane(job.w) * lanes;
   Planes planes{
       .x = scratch,
       .sums = scratch + s.x,
@@ -95,10 +125,10 @@ void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa)
     kernels.round_inputs(job, in, begin, end, reinterpret_cast<std::int8_t*>(own + thread * s.thread));
   });
   const std::int64_t panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
-  const std::int64_t blocks = (job.m + kBlock - 1) / kBlock;
+  const std::int64_t blocks = (job.m + kInputRows - 1) / kInputRows;
   parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
     for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t block = task / panels * kBlock, stop = block + kBlock < job.m ? block + kBlock : job.m;
+      const std::int64_t block = task / panels * kInputRows, stop = block + kInputRows < job.m ? block + kInputRows : job.m;
       kernels.linear_int8(job, in, task % panels, block, stop, own + thread * s.thread, isa);
     }
   });

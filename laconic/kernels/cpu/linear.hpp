@@ -13,14 +13,17 @@ namespace laconic {
 enum class Act { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 enum class Zero { none = 0, packed = 1, real = 2 };
 
-/// Packed weights (rows, k) as the artifact stores them.
+/// Weights (rows, k): packed as the artifact stores them, or float32.
 struct Matrix {
+  const float* dense;          // float32 weights, else null: all that follows but rows and k is for packed ones
   const std::uint32_t* words;  // (rows, words_per_row), dense
   const void* scale;           // (rows, groups), or (1, 1) for one scale of the whole matrix
   const void* zero;            // packed: words (ceil(rows*bits/32), groups), dense along rows; real: as scale
   const float* levels;         // 16 levels of a table scheme, else null: integers
   std::int64_t rows, k, words_per_row, groups, group;
-  int bits;
+  int bits;      // of a code; 2 for base3
+  float middle;  // the code of zero where there is no zero point
+  bool base3;    // five codes 0..2 in a byte, see laconic/numerics/base3.py; else dense
   Dtype scale_dtype;
   Zero zero_kind;
   bool one_scale;
@@ -42,8 +45,9 @@ struct Linear {
 };
 
 /// Codes of one row lie in `lanes` of 32 bits (24 for 3-bit codes) that hold whole codes; 0 for widths where none do.
-constexpr int codes_per_lane(int bits) {
-  switch (bits) {
+constexpr int codes_per_lane(const Matrix& w) {
+  if (w.base3) return 20;
+  switch (w.bits) {
     case 1: return 32;
     case 2: return 16;
     case 3:
@@ -55,14 +59,31 @@ constexpr int codes_per_lane(int bits) {
 
 /// Whether `linear_float` has a path without a float copy of the row.
 constexpr bool reads_lanes(const Matrix& w) {
-  const int codes = codes_per_lane(w.bits);
+  const int codes = codes_per_lane(w);
   return codes != 0 && (w.groups <= 1 || w.group % codes == 0);
+}
+
+/// Codes [begin, begin + n) of a row, one a byte; `begin` is a multiple of 32.
+inline void unpack_codes(const Matrix& w, std::int64_t row, std::int64_t begin, std::int64_t n, std::uint8_t* codes, Isa isa) {
+  const std::uint32_t* words = w.words + row * w.words_per_row;
+  if (!w.base3) return unpack_row(words + begin / 32 * w.bits, w.bits, n, codes, isa);
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(words);
+  std::int64_t i = 0;
+  for (std::int64_t at = begin / 5; i < n; ++at) {
+    std::uint32_t rest = bytes[at];
+    for (std::int64_t digit = at * 5; digit < at * 5 + 5 && i < n; ++digit) {
+      rest *= 3;  // a fraction of 8 bits: what rises above it is the next digit
+      if (digit >= begin) codes[i++] = static_cast<std::uint8_t>(rest >> 8);
+      rest &= 0xffu;
+    }
+  }
 }
 
 /// Memory, in floats, that one call of `linear_float` needs beside its operands.
 std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa);
 
-/// x stays float32 and weights are exact. For few rows of x.
+/// x stays float32 and weights are exact. Few rows of x meet codes that are looked up as they come; many meet panels of
+/// float32 that are unpacked once for all of them.
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa);
 
 /// Whether `linear_int8` can take the matrix: groups of whole words of four codes, integers.

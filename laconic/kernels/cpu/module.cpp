@@ -98,6 +98,7 @@ NB_MODULE(_cpu, m) {
         nb::arg("scale"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
   bind_linear(m);
   bind_block(m);
+  bind_bits(m);
   bind_norm(m);
   bind_sparse(m);
 }

@@ -5,6 +5,8 @@
 
 #include "attention.hpp"
 #include "block.hpp"
+#include "bits.hpp"
+#include "conv.hpp"
 #include "linear.hpp"
 #include "norm.hpp"
 #include "sparse.hpp"
@@ -37,10 +39,29 @@ struct Table {
   void (*round_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end, std::int8_t* scratch);
   void (*linear_int8)(const Linear&, const Rounded&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end,
                       std::uint8_t* scratch, Isa isa);
+  std::int64_t (*dense_scratch)(const Matrix&);
+  void (*linear_dense)(const Linear&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end, float* scratch, Isa isa);
+  void (*dense_rows)(const Linear&, std::int64_t begin, std::int64_t end);
   void (*attend)(const Attention&, std::int64_t begin, std::int64_t end, float* scratch);
   void (*norm_rows)(const Norm&, const float* x, float* out, std::int64_t width, std::int64_t begin, std::int64_t end);
   void (*rotate_rows)(const Rotary&, float* x, std::int64_t heads, std::int64_t dim, std::int64_t begin, std::int64_t end);
   void (*multiply)(float* a, const float* b, std::int64_t begin, std::int64_t end);
+
+  void (*mismatch_panels)(const Tile&);
+  void (*mismatch_rows)(const Tile&);
+  void (*byte_panels)(const Tile&);
+  void (*lay_panel)(const std::uint32_t* rows, std::int64_t stride, std::int64_t count, std::int64_t words, std::uint32_t* panel);
+  void (*add_counts)(std::int32_t* total, const std::int32_t* counts, std::int32_t weight, std::int64_t n);
+  void (*finish_bits)(const BitProduct&, const BitFinish&, const std::int32_t* counts, std::int64_t stride, std::int64_t m,
+                      std::int64_t rows, std::int64_t n, std::int64_t columns);
+  void (*sign_row)(const float* x, std::int64_t k, std::uint32_t* out);
+  void (*plane_row)(const float* x, std::int64_t k, float factor, const Coding&, int planes, std::uint32_t* out,
+                    std::int64_t plane_stride);
+  void (*map_signs)(const float* x, std::int64_t channel_stride, int channels, std::int64_t n, std::uint32_t* out);
+  void (*map_bytes)(const float* x, std::int64_t channel_stride, int channels, std::int64_t n, const Coding&, std::uint32_t* out);
+  void (*leave_out)(std::int32_t* sums, std::int64_t stride, std::int64_t rows, const std::int32_t* counts, const std::int32_t* mask);
+  std::int32_t (*sum_bytes)(const std::uint32_t* words, std::int64_t n);
+  void (*finish_conv)(const ConvFinish&, const std::int32_t* sums, std::int64_t stride, std::int64_t rows, std::int64_t columns);
   void (*unpack_row)(const std::uint32_t* words, int bits, std::int64_t k, std::uint8_t* codes);
   void (*dequantize_rows)(const Dequantize&, std::int64_t begin, std::int64_t end);
   void (*hadamard_rows)(const Hadamard&, std::int64_t begin, std::int64_t end, float* scratch);

@@ -7,6 +7,14 @@
 
 namespace laconic::LACONIC_TARGET {
 
+constexpr int kBase3 = 0;  // stands for the width of ternary codes, five to a byte
+
+/// Codes in a lane of a width.
+template <int Bits>
+constexpr int lane_codes() {
+  return Bits == kBase3 ? 20 : Bits == 3 ? 8 : 32 / (Bits == kBase3 ? 1 : Bits);
+}
+
 template <int Bits>
 inline Simd::I load_lanes(const std::uint8_t* row, std::int64_t chunk, std::int64_t row_bytes) {
   constexpr int kBytes = (Bits == 3 ? 3 : 4) * Simd::kLanes;
@@ -35,7 +43,7 @@ inline void read_floats(const void* base, Dtype dtype, std::int64_t first, std::
 
 /// Zero points of one row, less the middle code, as float32.
 inline void read_zeros(const Matrix& w, std::int64_t row, float* out) {
-  const float middle = static_cast<float>(1 << (w.bits - 1));
+  const float middle = w.middle;
   const std::int64_t at = w.one_scale ? 0 : row;
   if (w.zero_kind == Zero::real) {
     read_floats(w.zero, w.scale_dtype, at * w.groups, w.groups, out);
@@ -57,7 +65,7 @@ inline void read_zeros(const Matrix& w, std::int64_t row, float* out) {
 
 inline void lay_planes(const Linear& job, const Planes& to) {
   using V = Simd;
-  const int codes = codes_per_lane(job.w.bits), chunk = codes * V::kLanes;
+  const int codes = codes_per_lane(job.w), chunk = codes * V::kLanes;
   const std::int64_t k = job.w.k, group = job.w.group;
   alignas(64) std::int32_t step[V::kLanes];
   for (int j = 0; j < V::kLanes; ++j) step[j] = j * codes;
@@ -99,7 +107,7 @@ template <int Bits, int M, int R, bool Grouped>
 void planes_block(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t n, float* scratch) {
   using V = Simd;
   using F = V::F;
-  constexpr int kCodes = codes_per_lane(Bits), kChunk = kCodes * V::kLanes;
+  constexpr int kCodes = lane_codes<Bits>(), kChunk = kCodes * V::kLanes;
   const Matrix& w = job.w;
   const F low = V::load(levels), high = V::load(levels + (V::kLanes <= 8 ? 8 : 0));
   const typename V::I flip = V::splat_word(static_cast<std::int32_t>(0x80808080u));
@@ -119,7 +127,30 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
       if constexpr (Bits == 8) words[r] = V::bit_xor(words[r], flip);
     });
     const float* x = in.x + m0 * in.x_stride + c * kChunk;
-    unroll<kCodes>([&](auto p) LACONIC_UNROLLED {
+    if constexpr (Bits == kBase3) {
+      // Two bytes of a word at a time, 16 bits apart: times three, the next digit rises above the eighth bit of each.
+      const typename V::I bytes = V::splat_word(0x00ff00ff);
+      unroll<2>([&](auto half) LACONIC_UNROLLED {
+        typename V::I rest[R];
+        unroll<R>([&](auto r) LACONIC_UNROLLED { rest[r] = V::bit_and(half == 0 ? words[r] : V::shift_right(words[r], 8), bytes); });
+        unroll<5>([&](auto i) LACONIC_UNROLLED {
+          F first[R], second[R];
+          unroll<R>([&](auto r) LACONIC_UNROLLED {
+            const typename V::I thrice = V::add_words(rest[r], V::add_words(rest[r], rest[r]));
+            first[r] = V::template level<2>(V::shift_right(thrice, 8), levels, low, high);
+            second[r] = V::template level<2>(V::shift_right(thrice, 24), levels, low, high);
+            rest[r] = V::bit_and(thrice, bytes);
+          });
+          unroll<M>([&](auto m) LACONIC_UNROLLED {
+            const float* at = x + m * in.x_stride + (5 * half + i) * V::kLanes;
+            const F a = V::load(at), b = V::load(at + 10 * V::kLanes);
+            unroll<R>([&](auto r) LACONIC_UNROLLED {
+              part[m * R + r] = V::fma(second[r], b, V::fma(first[r], a, part[m * R + r]));
+            });
+          });
+        });
+      });
+    } else unroll<kCodes>([&](auto p) LACONIC_UNROLLED {
       F level[R];
       unroll<R>([&](auto r) LACONIC_UNROLLED {
         if constexpr (Bits == 8)
@@ -164,10 +195,13 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
   });
 }
 
+// Blocks of several rows pay with wide vectors; with others they would only cost minutes of compiling.
+constexpr bool kSpread = Simd::kLanes >= 8;
+
 template <int Bits, int M, bool Grouped>
 void planes_rows(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t begin,
                  std::int64_t end, float* scratch) {
-  constexpr int kRows = 4;
+  constexpr int kRows = kSpread ? 4 : 1;
   std::int64_t n = begin;
   for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped>(job, in, levels, m0, n, scratch);
   for (; n < end; ++n) planes_block<Bits, M, 1, Grouped>(job, in, levels, m0, n, scratch);
@@ -177,16 +211,15 @@ template <int Bits, bool Grouped>
 void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
   alignas(64) float levels[16];
   for (int i = 0; i < 16; ++i) {
-    const int code = i & ((1 << (Bits < 4 ? Bits : 4)) - 1);
-    levels[i] = job.w.levels != nullptr ? job.w.levels[code] : static_cast<float>(code - (1 << (Bits - 1)));
+    const int code = i & ((1 << (Bits == kBase3 ? 2 : Bits < 4 ? Bits : 4)) - 1);
+    levels[i] = job.w.levels != nullptr ? job.w.levels[code] : static_cast<float>(code) - job.w.middle;
   }
   std::int64_t m = 0;
-  for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
-  if (job.m - m >= 2) {
-    planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
-    m += 2;
+  if constexpr (kSpread) {
+    for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
+    for (; m + 2 <= job.m; m += 2) planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
   }
-  if (m < job.m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
+  for (; m < job.m; ++m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
 }
 
 template <int Bits>
@@ -204,7 +237,8 @@ inline void end_rows(const Linear& job, std::int64_t begin, std::int64_t end) {
 }
 
 inline void linear_planes(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
-  switch (job.w.bits) {
+  switch (job.w.base3 ? kBase3 : job.w.bits) {
+    case kBase3: planes_bits<kBase3>(job, in, begin, end, scratch); break;
     case 1: planes_bits<1>(job, in, begin, end, scratch); break;
     case 2: planes_bits<2>(job, in, begin, end, scratch); break;
     case 3: planes_bits<3>(job, in, begin, end, scratch); break;
@@ -222,9 +256,9 @@ inline void linear_rows(const Linear& job, std::int64_t begin, std::int64_t end,
   float* scales = scratch + w.k + V::kLanes;
   float* zeros = scales + w.groups + V::kLanes;
   auto* codes = reinterpret_cast<std::uint8_t*>(zeros + w.groups + V::kLanes);
-  const float middle = static_cast<float>(1 << (w.bits - 1));
+  const float middle = w.middle;
   for (std::int64_t n = begin; n < end; ++n) {
-    unpack_row(w.words + n * w.words_per_row, w.bits, w.k, codes, isa);
+    unpack_codes(w, n, 0, w.k, codes, isa);
     if (n == begin || !w.one_scale) read_floats(w.scale, w.scale_dtype, w.one_scale ? 0 : n * w.groups, w.groups, scales);
     if (w.zero_kind != Zero::none && (n == begin || !w.one_scale)) read_zeros(w, n, zeros);
     for (std::int64_t g = 0; g < w.groups; ++g) {

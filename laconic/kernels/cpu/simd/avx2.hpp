@@ -111,7 +111,6 @@ struct Simd {
     return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
   static I shift_right_each(I a, I n) { return _mm256_srlv_epi32(a, n); }
-  static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
 
   /// 16 codes from 2 * Bits bytes, twice a step: a byte shuffle puts the two bytes that can hold code j into 16-bit
   /// lane j, a multiplication by 2^(8 - shift) lifts the code to bit 8 (there is no shift by a count of its own for
@@ -189,6 +188,42 @@ struct Simd {
                                      _mm256_srai_epi16(_mm256_slli_epi16(s8, 8), 8));
     const I odd = _mm256_madd_epi16(_mm256_srli_epi16(u8, 8), _mm256_srai_epi16(s8, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+
+  // --- bits ---
+  static F floor(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static constexpr bool kCounts = false;
+  static I bit_or(I a, I b) { return _mm256_or_si256(a, b); }
+  static I shift_left(I a, int n) { return _mm256_slli_epi32(a, n); }
+  static I shift_right_signed(I a, int n) { return _mm256_srai_epi32(a, n); }
+  static I sub_words(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul_words(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static std::int32_t sum_words(I a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  /// Each half of a byte is looked up, then four bytes are added into their lane.
+  static I count(I acc, I x) {
+    const I table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                     0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const I low = _mm256_set1_epi8(15);
+    const I bytes = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, low)),
+                                    _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low)));
+    const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi8(1));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static I not_negative(F x) { return _mm256_castps_si256(_mm256_cmp_ps(x, zero(), _CMP_GE_OQ)); }
+  static std::uint32_t sign_bits(I a) { return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))); }
+  static void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
+    const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride)); };
+    const __m128i a = _mm_unpacklo_epi32(row(0), row(1)), b = _mm_unpacklo_epi32(row(2), row(3));
+    const __m128i c = _mm_unpackhi_epi32(row(0), row(1)), d = _mm_unpackhi_epi32(row(2), row(3));
+    const auto put = [&](int j, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j * out_stride), x); };
+    put(0, _mm_unpacklo_epi64(a, b));
+    put(1, _mm_unpackhi_epi64(a, b));
+    put(2, _mm_unpacklo_epi64(c, d));
+    put(3, _mm_unpackhi_epi64(c, d));
   }
 
  private:

@@ -93,7 +93,6 @@ struct Simd {
   /// Element index of low and high, one after the other, for each lane; index in 0..31, bits above may hold anything.
   static F pick_two(F low, F high, I index) { return _mm512_permutex2var_ps(low, index, high); }
   static I shift_right_each(I a, I n) { return _mm512_srlv_epi32(a, n); }
-  static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
   /// The first of k codes of Bits bits, one to a byte, as far as whole vectors go; how many that are. `size` bytes may
   /// be read, and k bytes written.
   template <int Bits>
@@ -169,6 +168,33 @@ struct Simd {
   }
   /// acc + sum of 4 products u8 * s8 in each 32-bit lane.
   static I dot4(I acc, I u8, I s8) { return _mm512_dpbusd_epi32(acc, u8, s8); }
+
+  // --- bits ---
+  static F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static constexpr bool kCounts = true;  // `count` is cheap
+  static I bit_or(I a, I b) { return _mm512_or_si512(a, b); }
+  static I shift_left(I a, int n) { return _mm512_slli_epi32(a, static_cast<unsigned>(n)); }
+  static I shift_right_signed(I a, int n) { return _mm512_srai_epi32(a, static_cast<unsigned>(n)); }
+  static I sub_words(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul_words(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static std::int32_t sum_words(I a) { return _mm512_reduce_add_epi32(a); }
+  /// acc + the number of ones in each 32-bit lane of x.
+  static I count(I acc, I x) { return _mm512_add_epi32(acc, _mm512_popcnt_epi32(x)); }
+  /// All ones in the lanes where x >= 0 (so in -0.0, and not in a nan).
+  static I not_negative(F x) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(x, zero(), _CMP_GE_OQ)); }
+  /// Bit j: the top bit of lane j.
+  static std::uint32_t sign_bits(I a) { return _mm512_movepi32_mask(a); }
+  /// 4 rows of 4 words, turned: out[j * out_stride + i] = rows[i * stride + j].
+  static void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
+    const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride)); };
+    const __m128i a = _mm_unpacklo_epi32(row(0), row(1)), b = _mm_unpacklo_epi32(row(2), row(3));
+    const __m128i c = _mm_unpackhi_epi32(row(0), row(1)), d = _mm_unpackhi_epi32(row(2), row(3));
+    const auto put = [&](int j, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j * out_stride), x); };
+    put(0, _mm_unpacklo_epi64(a, b));
+    put(1, _mm_unpackhi_epi64(a, b));
+    put(2, _mm_unpacklo_epi64(c, d));
+    put(3, _mm_unpackhi_epi64(c, d));
+  }
 
  private:
   static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1u); }

@@ -110,7 +110,6 @@ struct Simd {
     return vreinterpretq_f32_u8(vqtbl2q_u8(table, vreinterpretq_u8_u32(at)));
   }
   static I shift_right_each(I a, I n) { return vshlq_u32(a, vnegq_s32(vreinterpretq_s32_u32(n))); }
-  static I bit_or(I a, I b) { return vorrq_u32(a, b); }
   template <int Bits>
   static std::int64_t unpack(const std::uint8_t*, std::int64_t, std::int64_t, std::uint8_t*) { return 0; }
   static I signed_byte(I words, int place) {
@@ -161,6 +160,32 @@ struct Simd {
     const int32x4_t d = vmull_s16(vget_high_s16(uh), vget_high_s16(sh));
     const int32x4_t sums = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
     return vaddq_u32(acc, vreinterpretq_u32_s32(sums));
+  }
+
+  // --- bits ---
+  static F floor(F a) { return vrndmq_f32(a); }
+  static constexpr bool kCounts = true;
+  static I bit_or(I a, I b) { return vorrq_u32(a, b); }
+  static I shift_left(I a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
+  static I shift_right_signed(I a, int n) {
+    return vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(a), vdupq_n_s32(-n)));
+  }
+  static I sub_words(I a, I b) { return vsubq_u32(a, b); }
+  static I mul_words(I a, I b) { return vmulq_u32(a, b); }
+  static std::int32_t sum_words(I a) { return static_cast<std::int32_t>(vaddvq_u32(a)); }
+  static I count(I acc, I x) { return vpadalq_u16(acc, vpaddlq_u8(vcntq_u8(vreinterpretq_u8_u32(x)))); }
+  static I not_negative(F x) { return vcgezq_f32(x); }
+  static std::uint32_t sign_bits(I a) {
+    static constexpr std::int32_t place[4] = {0, 1, 2, 3};
+    return vaddvq_u32(vshlq_u32(vshrq_n_u32(a, 31), vld1q_s32(place)));
+  }
+  static void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
+    const uint32x4x2_t a = vtrnq_u32(vld1q_u32(rows), vld1q_u32(rows + stride));
+    const uint32x4x2_t b = vtrnq_u32(vld1q_u32(rows + 2 * stride), vld1q_u32(rows + 3 * stride));
+    vst1q_u32(out, vcombine_u32(vget_low_u32(a.val[0]), vget_low_u32(b.val[0])));
+    vst1q_u32(out + out_stride, vcombine_u32(vget_low_u32(a.val[1]), vget_low_u32(b.val[1])));
+    vst1q_u32(out + 2 * out_stride, vcombine_u32(vget_high_u32(a.val[0]), vget_high_u32(b.val[0])));
+    vst1q_u32(out + 3 * out_stride, vcombine_u32(vget_high_u32(a.val[1]), vget_high_u32(b.val[1])));
   }
 };
 

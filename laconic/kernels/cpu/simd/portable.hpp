@@ -41,15 +41,15 @@ struct Simd {
     });
   }
 
-  static I splat_word(std::int32_t x) {
+  static LACONIC_INLINE I splat_word(std::int32_t x) {
     const auto w = static_cast<std::uint32_t>(x);
     return {{w, w, w, w}};
   }
-  static I load_words(const void* p) { return read<I>(p, 16); }
+  static LACONIC_INLINE I load_words(const void* p) { return read<I>(p, 16); }
   static I load_bytes(const void* p, int n) { return read<I>(p, std::min(n, 16)); }
   static void store_words(void* p, I x) { std::memcpy(p, x.at, 16); }
-  static I add_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }); }
-  static I bit_and(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x & y; }); }
+  static LACONIC_INLINE I add_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }); }
+  static LACONIC_INLINE I bit_and(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x & y; }); }
   static I shift_right(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x >> n; }); }
   static F to_float(I a) {
     F r;
@@ -117,7 +117,6 @@ struct Simd {
   static I shift_right_each(I a, I n) {
     return words(a, n, [](std::uint32_t x, std::uint32_t y) { return x >> y; });
   }
-  static I bit_or(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x | y; }); }
   template <int Bits>
   static std::int64_t unpack(const std::uint8_t*, std::int64_t, std::int64_t, std::uint8_t*) { return 0; }
   static I signed_byte(I w, int place) {
@@ -126,7 +125,7 @@ struct Simd {
       r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w.at[i] << (24 - 8 * place)) >> 24);
     return r;
   }
-  static I bit_xor(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x ^ y; }); }
+  static LACONIC_INLINE I bit_xor(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x ^ y; }); }
 
   static I spread_three(I bytes) {
     std::uint8_t raw[17] = {};
@@ -170,9 +169,42 @@ struct Simd {
     return acc;
   }
 
+  // --- bits ---
+  static F floor(F a) { return each(a, a, [](float x, float) { return std::floor(x); }); }
+  static constexpr bool kCounts = false;
+  static LACONIC_INLINE I bit_or(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x | y; }); }
+  static I shift_left(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x << n; }); }
+  static I shift_right_signed(I a, int n) {
+    return words(a, a, [n](std::uint32_t x, std::uint32_t) {
+      return static_cast<std::uint32_t>(static_cast<std::int32_t>(x) >> n);
+    });
+  }
+  static I sub_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; }); }
+  static I mul_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; }); }
+  static std::int32_t sum_words(I a) { return static_cast<std::int32_t>(a.at[0] + a.at[1] + a.at[2] + a.at[3]); }
+  static LACONIC_INLINE I count(I acc, I a) {
+    return words(acc, a, [](std::uint32_t sum, std::uint32_t x) {  // ones in each 2, 4, 8 bits, then of the bytes
+      x -= x >> 1 & 0x55555555u;
+      x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+      return sum + (((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
+    });
+  }
+  static I not_negative(F x) {
+    I r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = x.at[i] >= 0.0f ? ~std::uint32_t{0} : std::uint32_t{0};
+    return r;
+  }
+  static std::uint32_t sign_bits(I a) {
+    return a.at[0] >> 31 | a.at[1] >> 31 << 1 | a.at[2] >> 31 << 2 | a.at[3] >> 31 << 3;
+  }
+  static void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) out[j * out_stride + i] = rows[i * stride + j];
+  }
+
  private:
   template <class T>
-  static T read(const void* p, int n) {
+  static LACONIC_INLINE T read(const void* p, int n) {
     T r{};
     if (n > 0) std::memcpy(r.at, p, static_cast<std::size_t>(n));
     return r;
@@ -184,7 +216,7 @@ struct Simd {
     return r;
   }
   template <class Op>
-  static I words(I a, I b, Op op) {
+  static LACONIC_INLINE I words(I a, I b, Op op) {
     I r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = op(a.at[i], b.at[i]);
     return r;
