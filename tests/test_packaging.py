@@ -131,14 +131,18 @@ def test_the_doctor_tries_every_registered_op():
     """Ops are found in torch's own table, so a new one that the doctor does not try fails here."""
     import torch
 
-    import laconic.kernels.ops  # noqa: F401 - registers them
+    import laconic.kernels.attention
+    import laconic.kernels.binary
+    import laconic.kernels.conv
+    import laconic.kernels.ops  # noqa: F401 - registers them, as the others do
 
     names = [name.partition("::")[2].partition(".")[0] for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("laconic::")]  # fmt: skip
     tried = {c.name.removeprefix("op: "): c for c in doctor.self_test() if c.name.startswith("op: ")}
     assert set(names) == set(tried) and len(tried) >= 6
-    assert {c.state for c in tried.values()} == {"passed"}
-    assert all(int(c.detail.split()[0]) >= 5 for c in tried.values())
+    assert {c.state for n, c in tried.items() if n not in doctor.UNTRIED} == {"passed"}
+    assert {c.state for n, c in tried.items() if n in doctor.UNTRIED} == {"skipped"}
+    assert all(int(c.detail.split()[0]) >= 5 for n, c in tried.items() if n not in doctor.UNTRIED)
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[..., :-1], lambda y: y.half()])
@@ -197,16 +201,18 @@ def test_sdist_and_the_wheel_built_from_it(tree, tmp_path):
         archive.extractall(tmp_path / "wheel")
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "laconic").rglob("*.py")}
     assert modules <= inside
-    assert not [name for name in inside if name.endswith((".cpp", ".hpp"))]
+    assert not [name for name in inside if name.endswith((".cpp", ".hpp", ".inl"))]
 
     if "none-any" in wheel:  # no compiler here
         assert "LACONIC_REQUIRE_KERNELS" not in os.environ
         return
     (binary,) = [name for name in inside if name.startswith("laconic/kernels/_cpu.")]
     folder = tmp_path / "wheel" / Path(binary).parent
-    command = [sys.executable, "-S", "-c", "import _cpu; print(_cpu.isa())"]  # -S: torch is not on the path
+    # -S: torch is not on the path; its OpenMP runtime, which the extension shares, is stood in for by the compiler's.
+    shared = "import ctypes, sys; sys.platform == 'linux' and ctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL); "
+    command = [sys.executable, "-S", "-c", shared + "import _cpu; print(_cpu.isa())"]
     loaded = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
-    assert loaded.stdout.strip() in ("baseline", "avx2"), loaded.stderr
+    assert loaded.stdout.strip() in ("portable", "avx2", "avx512", "neon"), loaded.stderr
 
 
 @pytest.mark.slow

@@ -79,5 +79,6 @@ void bind_block(nanobind::module_& m);
 void bind_bits(nanobind::module_& m);
 void bind_norm(nanobind::module_& m);
 void bind_sparse(nanobind::module_& m);
+void bind_cache(nanobind::module_& m);
 
 }  // namespace laconic::edge

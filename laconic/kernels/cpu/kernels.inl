@@ -7,6 +7,7 @@
 
 #include "bits.hpp"
 #include "conv.hpp"
+#include "cache.hpp"
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
@@ -29,6 +30,7 @@
 #include "hadamard.inl"
 #include "norm.inl"
 #include "sparse.inl"
+#include "cache.inl"
 
 namespace laconic::LACONIC_TARGET {
 
@@ -45,7 +47,6 @@ static const Table kTable{
     .linear_dense = linear_dense,
     .dense_rows = dense_rows,
     .attend = attend,
-    .norm_rows = norm_rows,
     .rotate_rows = rotate_rows,
     .multiply = multiply,
     .mismatch_panels = mismatch_panels,
@@ -71,6 +72,9 @@ static const Table kTable{
     .sparse_few = sparse_few,
     .lay_columns = lay_columns,
     .sparse_many = sparse_many,
+    .attend_cache = attend_cache,
+    .join_cache = join_cache,
+    .append_cache = append_cache,
 };
 
 }  // namespace laconic::LACONIC_TARGET

@@ -101,4 +101,5 @@ NB_MODULE(_cpu, m) {
   bind_bits(m);
   bind_norm(m);
   bind_sparse(m);
+  bind_cache(m);
 }

@@ -7,6 +7,7 @@
 #include "block.hpp"
 #include "bits.hpp"
 #include "conv.hpp"
+#include "cache.hpp"
 #include "linear.hpp"
 #include "norm.hpp"
 #include "sparse.hpp"
@@ -29,6 +30,18 @@ struct Rounded {
   std::int64_t k_padded;
 };
 
+/// How attention over a cache is cut into tasks, and how much memory they need; see cache.inl.
+struct CacheSizes {
+  std::int64_t heads, rows;  // of keys and values over the batch; queries of each
+  std::int64_t first_splits, splits;  // ranges of tokens: of the first span, of both
+  std::int64_t key_width, value_width, value_dim;  // widths are padded to whole vectors
+  std::int64_t partial;   // floats that a range of tokens leaves for one query
+  std::int64_t scales;    // floats: the scales of a tile, or of a block by channel
+  std::int64_t partials, thread;  // floats: of all ranges, and each thread's own
+
+  explicit CacheSizes(const CacheAttention& job);
+};
+
 struct Table {
   int lanes;
   void (*lay_planes)(const Linear&, const Planes&);
@@ -43,7 +56,6 @@ struct Table {
   void (*linear_dense)(const Linear&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end, float* scratch, Isa isa);
   void (*dense_rows)(const Linear&, std::int64_t begin, std::int64_t end);
   void (*attend)(const Attention&, std::int64_t begin, std::int64_t end, float* scratch);
-  void (*norm_rows)(const Norm&, const float* x, float* out, std::int64_t width, std::int64_t begin, std::int64_t end);
   void (*rotate_rows)(const Rotary&, float* x, std::int64_t heads, std::int64_t dim, std::int64_t begin, std::int64_t end);
   void (*multiply)(float* a, const float* b, std::int64_t begin, std::int64_t end);
 
@@ -74,6 +86,9 @@ struct Table {
   void (*sparse_few)(const SparseLinear&, std::int64_t begin, std::int64_t end);
   void (*lay_columns)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
   void (*sparse_many)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
+  void (*attend_cache)(const CacheAttention&, const CacheSizes&, std::int64_t task, float* partials, float* scratch);
+  void (*join_cache)(const CacheAttention&, const CacheSizes&, float* partials, std::int64_t begin, std::int64_t end);
+  void (*append_cache)(const CacheAppend&, std::int64_t begin, std::int64_t end, float* scratch);
 };
 
 const Table& portable_table();

@@ -146,6 +146,22 @@ struct Simd {
   static I signed_byte(I words, int place) {
     return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * place), 24);
   }
+  template <int Bits>
+  static F codes(const std::uint8_t* p) {
+    if constexpr (Bits == 8) {
+      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    } else {
+      std::int32_t raw = 0;
+      std::memcpy(&raw, p, Bits);
+      const I steps = _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
+      const I shifted = _mm256_srlv_epi32(_mm256_set1_epi32(raw), steps);
+      return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32((1 << Bits) - 1)));
+    }
+  }
+  static void sum_four(F a, F b, F c, F d, float* out) {
+    const F four = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+  }
   static I bit_xor(I a, I b) { return _mm256_xor_si256(a, b); }
 
   static I spread_three(I bytes) {

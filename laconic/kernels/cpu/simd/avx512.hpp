@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace laconic::avx512 {
 
@@ -106,6 +107,32 @@ struct Simd {
   static I signed_byte(I words, int place) {
     return _mm512_srai_epi32(_mm512_slli_epi32(words, static_cast<unsigned>(24 - 8 * place)), 24);
   }
+  /// 16 codes of Bits bits from p, in order, as numbers from 0.
+  template <int Bits>
+  static F codes(const std::uint8_t* p) {
+    if constexpr (Bits == 8) {
+      return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    } else if constexpr (Bits == 4) {  // each word's low 4 bits index the table
+      std::int64_t raw;
+      std::memcpy(&raw, p, 8);
+      const I shifts = _mm512_set_epi64(0x3c00000038, 0x3400000030, 0x2c00000028, 0x2400000020,  //
+                                        0x1c00000018, 0x1400000010, 0x0c00000008, 0x0400000000);
+      return _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(raw)), counting<16>());
+    } else {
+      std::int32_t raw;
+      std::memcpy(&raw, p, 4);
+      const I shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(raw), shifts), counting<4>());
+    }
+  }
+  /// The sums of four vectors, in order.
+  static void sum_four(F a, F b, F c, F d, float* out) {
+    const F ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const F four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static I bit_xor(I a, I b) { return _mm512_xor_si512(a, b); }
 
   /// Lane j: the three bytes from 3j of 48 bytes, in the low 24 bits.
@@ -197,6 +224,16 @@ struct Simd {
   }
 
  private:
+  /// 0 to N - 1, over and over.
+  template <int N>
+  static F counting() {
+    alignas(64) static constexpr auto table = [] {
+      struct { float at[16]{}; } t;
+      for (int i = 0; i < 16; ++i) t.at[i] = static_cast<float>(i % N);
+      return t;
+    }();
+    return _mm512_load_ps(table.at);
+  }
   static __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1u); }
 };
 

@@ -116,6 +116,17 @@ struct Simd {
     const int32x4_t up = vreinterpretq_s32_u32(vshlq_u32(words, vdupq_n_s32(24 - 8 * place)));
     return vreinterpretq_u32_s32(vshrq_n_s32(up, 24));
   }
+  template <int Bits>
+  static F codes(const std::uint8_t* p) {
+    std::uint32_t raw = 0;
+    std::memcpy(&raw, p, Bits / 2);
+    static constexpr std::int32_t steps[4] = {0, -Bits, -2 * Bits, -3 * Bits};
+    const I shifted = vshlq_u32(vdupq_n_u32(raw), vld1q_s32(steps));
+    return vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32((1u << Bits) - 1u)));
+  }
+  static void sum_four(F a, F b, F c, F d, float* out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
   static I bit_xor(I a, I b) { return veorq_u32(a, b); }
 
   static I spread_three(I bytes) {

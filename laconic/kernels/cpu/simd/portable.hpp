@@ -125,6 +125,19 @@ struct Simd {
       r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w.at[i] << (24 - 8 * place)) >> 24);
     return r;
   }
+  template <int Bits>
+  static F codes(const std::uint8_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i)
+      r.at[i] = static_cast<float>(p[i * Bits / 8] >> (i * Bits % 8) & ((1 << Bits) - 1));
+    return r;
+  }
+  static void sum_four(F a, F b, F c, F d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
+  }
   static LACONIC_INLINE I bit_xor(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x ^ y; }); }
 
   static LACONIC_INLINE I spread_three(I bytes) {
