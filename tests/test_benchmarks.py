@@ -95,3 +95,30 @@ def test_the_peer_is_judged_by_our_perplexity():
     ours = PerplexityTask("t", {"calibrate": windows[:1], "select": windows[:1], "verify": windows})
     theirs = script("peer_llm_compressor").perplexity(model, torch.as_tensor(windows))
     assert theirs == pytest.approx(ours.evaluate(model, "verify").value, rel=1e-6)
+
+
+# --- alternate ------------------------------------------------------------------------------------------------------
+
+
+def test_alternating_ratios_are_taken_round_by_round(monkeypatch) -> None:
+    """Two that take 2 and 1 units of a clock that runs ever faster: each ratio is 2, though the times drift."""
+    alternate = script("alternate")
+    clock = {"now": 0.0, "unit": 1.0}
+
+    def work(units: float):
+        def run() -> None:
+            clock["unit"] *= 1.0001
+            clock["now"] += units * clock["unit"]
+
+        return run
+
+    monkeypatch.setitem(alternate.CLOCKS, "wall", lambda: clock["now"])
+    found = alternate.alternate({"slow": work(2.0), "fast": work(1.0)}, "slow", 15, at_least=1e-9)
+    assert found["fast"]["faster"] == pytest.approx(2, rel=1e-3)
+    assert found["fast"]["faster_low"] <= found["fast"]["faster"] <= found["fast"]["faster_high"]
+    assert "faster" not in found["slow"] and found["slow"]["microseconds"] > 2e6
+
+
+def test_the_interval_of_a_median_leaves_out_what_order_statistics_allow() -> None:
+    rank = script("alternate")._rank
+    assert [rank(n) for n in (5, 6, 9, 15, 25)] == [0, 0, 1, 3, 7]  # one less than the table of the sign test

@@ -6,9 +6,9 @@
 
 Each function is bit-equal to the plain PyTorch reference in `laconic.numerics`, which is the truth. The
 extension `laconic.kernels._cpu` knows nothing of torch: it takes addresses and sizes, and checks every bound
-again. It works on the calling thread alone, without the interpreter's lock: a caller that wants more threads
-shards by `rows`. Writing to fresh memory costs several times what the arithmetic does: pass `out` where the
-weights are used up at once.
+again. It works without the interpreter's lock, on as many of torch's threads as `torch.get_num_threads()` says;
+results do not depend on how many. Writing to fresh memory costs several times what the arithmetic does: pass `out`
+where the weights are used up at once.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def dequantize(
     *,
     out: Tensor | None = None,
     rows: tuple[int, int] | None = None,
+    threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
     """Weights (rows, k) float32 of packed codes: w[r, i] = (q[r, i] - z[r, i // group]) * s[r, i // group].
@@ -107,6 +108,7 @@ def dequantize(
         k: codes per row.
         out: (rows, k) float32 to write to, so that memory can be reused; None: fresh memory.
         rows: (begin, end), the rows of `out` to write, so that a caller can shard; None: all.
+        threads: at most so many; None: torch's number.
         isa: number of the instruction set, -1 the best of this CPU; for tests.
 
     Raises:
@@ -132,16 +134,19 @@ def dequantize(
         words.data_ptr(), words.numel(), n_rows, columns,
         scale.data_ptr(), scale.numel(), dtypes[scale.dtype], *zero_at,
         scale.shape[1], max(k, 1) if group is None else group, bits, k,
-        out.data_ptr(), out.numel(), begin, end, isa,
+        out.data_ptr(), out.numel(), begin, end, torch.get_num_threads() if threads is None else threads, isa,
     )  # fmt: skip
     return out
 
 
-def hadamard_(x: Tensor, *, isa: int = -1) -> Tensor:
+def hadamard_(x: Tensor, *, threads: int | None = None, isa: int = -1) -> Tensor:
     """x <- x H_n / sqrt(n) along the last axis, in place; returns x.
 
+    float16 and bfloat16 are computed in float32 and rounded once, at the end.
+
     Args:
-        x: (..., n) float32, CPU, contiguous, n a power of two; not one that requires grad.
+        x: (..., n) float32, float16 or bfloat16, CPU, contiguous, n a power of two; not one that requires grad.
+        threads: at most so many; None: torch's number.
         isa: number of the instruction set, -1 the best of this CPU; for tests.
 
     Raises:
@@ -149,12 +154,14 @@ def hadamard_(x: Tensor, *, isa: int = -1) -> Tensor:
         RuntimeError: the extension is missing.
     """
     cpu = module()
-    check("hadamard_", "x", x, (torch.float32,), None)
+    check("hadamard_", "x", x, tuple(_FLOATS), None)
     if x.requires_grad:
         raise ValueError("hadamard_: x requires grad, and autograd would not see this; detach it first")
     n = x.shape[-1] if x.ndim else 1
     rows = x.numel() // n if n else 0
-    cpu.hadamard(x.data_ptr(), x.numel(), rows, n, float(n**-0.5) if n else 1.0, 0, rows, isa)
+    many = torch.get_num_threads() if threads is None else threads
+    dtype = getattr(cpu, _FLOATS[x.dtype])
+    cpu.hadamard(x.data_ptr(), x.numel(), dtype, rows, n, float(n**-0.5) if n else 1.0, many, isa)
     return x
 
 

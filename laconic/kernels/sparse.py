@@ -7,7 +7,8 @@ block columns; `starts` of block rows, none for 2:4; `scale` of int8 values, els
 or "block4x16".
 
 The implementation here is the reference: write the matrix out in float32, cast it to the type of `x`, and call the float
-operation of torch. Gradients are defined for `x` and the bias; a sparse weight has none.
+operation of torch. On a CPU the compiled kernels (`laconic.kernels.cpu_sparse`) multiply with the weight as it lies.
+Gradients are defined for `x` and the bias; a sparse weight has none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import torch
 import torch.nn.functional as F
 
+from laconic.kernels import cpu_sparse, native, ops
 from laconic.kernels.ops import _activation, _keep, _through
 from laconic.numerics import sparse_from
 
@@ -41,6 +43,14 @@ def sparse_rows(values: torch.Tensor, starts: torch.Tensor | None, format: str) 
 def _sparse_linear(x, values, index, starts=None, scale=None, bias=None, *, format, act="none"):
     weight = sparse_from(values, index, starts, scale, format, x.shape[-1]).unpack()
     return _activation(act)(F.linear(x, weight.to(x.dtype), bias))
+
+
+def _cpu_sparse_linear(x, values, index, starts=None, scale=None, bias=None, *, format, act="none"):
+    fast = not ops._by_reference and native.load() is not None and act in ops.ACTIVATIONS and x.dtype != torch.float64
+    # k = 0 has no values to point to; under autocast torch says in which type to compute.
+    if fast and x.shape[-1] and not torch.is_autocast_enabled("cpu"):
+        return cpu_sparse.sparse_linear(x, values, index, starts, scale, bias, format, act)
+    return _sparse_linear(x, values, index, starts, scale, bias, format=format, act=act)
 
 
 def _sparse_dense(values, index, starts=None, scale=None, *, format, k, dtype):
@@ -76,6 +86,7 @@ for _name, _reference, _fake in (
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"laconic::{_name}", _fake, lib=_library)
+_library.impl("sparse_linear", _cpu_sparse_linear, "CPU")
 torch.library.register_autograd(
     "laconic::sparse_linear", _through(_differentiable_sparse_linear, (0, 5)), setup_context=_keep, lib=_library
 )

@@ -40,6 +40,10 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.card import Card
+from laconic.kernels import native
+from laconic.kernels import norm as _norm  # and registers torch.ops.laconic.rms_norm
+
+_WORTH = 16384  # elements from which the fused gradient is faster than those of the single operations
 
 
 def rms_norm(
@@ -73,6 +77,8 @@ def rms_norm(
     shape = tuple(normalized_shape)
     if tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(f"rms_norm: the last dimensions of {tuple(x.shape)} must be {shape}")
+    if leading is None and _kernel_wins(x, shape, weight, bias, gain_after_cast):
+        return torch.ops.laconic.rms_norm(x, weight, bias, eps=eps, unit_offset=unit_offset, eps_outside=not eps_inside)
     dims = tuple(range(-len(shape), 0))
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     seen = wide if leading is None else wide[..., :leading]
@@ -89,6 +95,24 @@ def rms_norm(
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
+
+
+def _kernel_wins(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, gain_after_cast: bool
+) -> bool:
+    """Whether the compiled kernel computes this, and faster: see benchmarks/norms.py.
+
+    What is traced stays in torch's own operations, which every tool that reads a graph knows.
+    """
+    parameters = [p for p in (weight, bias) if p is not None]
+    if native.load() is None or len(shape) != 1 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if x.device.type != "cpu" or not x.numel() or any(t.dtype not in _norm.DTYPES for t in (x, *parameters)):
+        return False
+    if any(p.shape != x.shape[-1:] for p in parameters) or (gain_after_cast and x.dtype != torch.float32):
+        return False
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    return not trains or x.numel() >= _WORTH
 
 
 class RMSNorm(nn.Module):

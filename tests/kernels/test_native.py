@@ -176,6 +176,12 @@ class TestDequantize:
             assert native.dequantize(words, scale, z, 32, 5, 77, out=out, rows=rows) is out
         assert torch.equal(out, whole)
 
+    def test_same_bits_for_any_number_of_threads(self):
+        words, (scale, z) = make_words(77, 4, 999), make_params(77, 16, torch.float16, "int", 4)
+        first = native.dequantize(words, scale, z, 64, 4, 999, threads=1)
+        for threads in (2, 3, 4):
+            assert torch.equal(first, native.dequantize(words, scale, z, 64, 4, 999, threads=threads))
+
     @pytest.mark.parametrize(("rows", "k"), [(0, 40), (4, 0), (0, 0)])
     def test_empty(self, rows, k):
         scale = torch.ones(rows, max(1, -(-k // 8)))
@@ -218,6 +224,20 @@ class TestHadamard:
         want = hadamard(x)
         assert native.hadamard_(x, isa=isa) is x
         assert torch.equal(x, want)
+
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    @pytest.mark.parametrize("n", [1, 2, 8, 16, 64, 256, 8192])
+    def test_halves_are_rounded_once(self, n, dtype, isa):
+        x = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        want = hadamard(x.float()).to(dtype)
+        assert torch.equal(native.hadamard_(x, isa=isa), want)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_same_bits_for_any_number_of_threads(self, dtype):
+        x = torch.randn(301, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+        first = native.hadamard_(x.clone(), threads=1)
+        assert all(torch.equal(first, native.hadamard_(x.clone(), threads=n)) for n in (2, 3, 4))
 
     def test_is_the_matrix(self):
         """Against Sylvester's matrix written out, not against another fast transform."""
@@ -278,14 +298,14 @@ class TestTheEdge:
 
     def test_dtype_numbers(self):
         at = self.words.data_ptr()
-        args = [at, 8, 2, 4, at, 2, MODULE.UINT8, 0, 0, MODULE.NONE, 1, 32, 4, 32, at, 64, 0, 0]
+        args = [at, 8, 2, 4, at, 2, MODULE.UINT8, 0, 0, MODULE.NONE, 1, 32, 4, 32, at, 64, 0, 0, 1]
         with pytest.raises(ValueError, match="scale: there is no dtype number 4"):
             MODULE.dequantize(*args)
         args[6], args[9] = MODULE.FLOAT32, 5
         with pytest.raises(ValueError, match="zero: there is no dtype number 5"):
             MODULE.dequantize(*args)
         with pytest.raises(TypeError):
-            MODULE.hadamard(at, 8, 2, 4, "1", 0, 2)
+            MODULE.hadamard(at, 8, MODULE.FLOAT32, 2, 4, "1", 1)
 
 
 class TestStatus:

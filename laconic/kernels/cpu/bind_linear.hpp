@@ -22,9 +22,4 @@ struct Weights {
 /// The matrix, with every bound checked.
 Matrix matrix_of(const Weights& w);
 
-inline int threads_of(Int threads) {
-  if (threads < 1 || threads > 4096) refuse("threads is " + std::to_string(threads) + ", must be 1 to 4096");
-  return static_cast<int>(threads);
-}
-
 }  // namespace laconic::edge

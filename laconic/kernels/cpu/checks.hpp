@@ -68,10 +68,17 @@ inline Isa isa_of(Int number) {
   return static_cast<Isa>(number == -1 ? best : number);
 }
 
+inline int threads_of(Int threads) {
+  if (threads < 1 || threads > 4096) refuse("threads is " + std::to_string(threads) + ", must be 1 to 4096");
+  return static_cast<int>(threads);
+}
+
 // Each file bind_*.cpp adds its functions to the module.
 void bind_linear(nanobind::module_& m);
 void bind_block(nanobind::module_& m);
 void bind_bits(nanobind::module_& m);
+void bind_norm(nanobind::module_& m);
+void bind_sparse(nanobind::module_& m);
 void bind_cache(nanobind::module_& m);
 
 }  // namespace laconic::edge

@@ -8,7 +8,6 @@
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define LACONIC_X86 1
-#define LACONIC_AVX2 __attribute__((target("avx2")))
 #else
 #define LACONIC_X86 0
 #endif

@@ -11,6 +11,8 @@
 #include "halves.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
+#include "norm.hpp"
+#include "sparse.hpp"
 #include "table.hpp"
 #include "unroll.hpp"
 
@@ -23,6 +25,12 @@
 #include "block.inl"
 #include "bits.inl"
 #include "conv.inl"
+#include "elements.inl"
+#include "unpack.inl"
+#include "dequantize.inl"
+#include "hadamard.inl"
+#include "norm.inl"
+#include "sparse.inl"
 #include "cache.inl"
 
 namespace laconic::LACONIC_TARGET {
@@ -43,7 +51,6 @@ static const Table kTable{
     .linear_dense = linear_dense,
     .dense_rows = dense_rows,
     .attend = attend,
-    .norm_rows = norm_rows,
     .rotate_rows = rotate_rows,
     .multiply = multiply,
     .mismatch_panels = mismatch_panels,
@@ -59,6 +66,16 @@ static const Table kTable{
     .leave_out = leave_out,
     .sum_bytes = sum_bytes,
     .finish_conv = finish_conv,
+    .unpack_row = unpack_row,
+    .dequantize_rows = dequantize_rows,
+    .hadamard_rows = hadamard_rows,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
+    .add_parts = add_parts,
+    .to_floats = to_floats,
+    .sparse_few = sparse_few,
+    .lay_columns = lay_columns,
+    .sparse_many = sparse_many,
     .attend_cache = attend_cache,
     .join_cache = join_cache,
     .append_cache = append_cache,

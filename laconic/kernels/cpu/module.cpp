@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <memory>
 #include <string>
 
 #include "checks.hpp"
@@ -29,7 +30,7 @@ void unpack(Address words, Int words_length, Int rows, Int words_per_row, Int bi
 
 void dequantize(Address words, Int words_length, Int rows, Int words_per_row, Address scale, Int scale_length,
                 Int scale_dtype, Address zero, Int zero_length, Int zero_dtype, Int groups, Int group, Int bits, Int k,
-                Address out, Int out_length, Int row_begin, Int row_end, Int isa) {
+                Address out, Int out_length, Int row_begin, Int row_end, Int threads, Int isa) {
   check_codes(bits, k, words_per_row);
   check_block("words", words, words_length, rows, words_per_row, 4);
   check_block("out", out, out_length, rows, k, 4);
@@ -57,14 +58,18 @@ void dequantize(Address words, Int words_length, Int rows, Int words_per_row, Ad
       .k = k,
       .bits = static_cast<int>(bits),
   };
-  laconic::dequantize_rows(job, row_begin, row_end, isa_of(isa));
+  laconic::dequantize(job, row_begin, row_end, threads_of(threads), isa_of(isa));
 }
 
-void hadamard(Address x, Int length, Int rows, Int n, float scale, Int row_begin, Int row_end, Int isa) {
+void hadamard(Address x, Int length, Int dtype, Int rows, Int n, float scale, Int threads, Int isa) {
   if (n < 1 || (n & (n - 1)) != 0) refuse("n is " + std::to_string(n) + ", must be a power of two");
-  check_block("x", x, length, rows, n, 4);
-  check_rows(rows, row_begin, row_end);
-  laconic::hadamard_rows(reinterpret_cast<float*>(x), n, scale, row_begin, row_end, isa_of(isa));
+  const Dtype as = dtype_of("x", dtype, true);
+  check_block("x", x, length, rows, n, static_cast<Int>(laconic::size_of(as)));
+  const laconic::Hadamard job{.x = reinterpret_cast<void*>(x), .dtype = as, .rows = rows, .n = n, .scale = scale};
+  const int many = threads_of(threads);
+  const Isa use = isa_of(isa);
+  const auto scratch = std::make_unique_for_overwrite<float[]>(static_cast<std::size_t>(hadamard_scratch(job, many)));
+  laconic::hadamard(job, scratch.get(), many, use);
 }
 
 }  // namespace
@@ -88,11 +93,13 @@ NB_MODULE(_cpu, m) {
         nb::arg("words_per_row"), nb::arg("scale"), nb::arg("scale_length"), nb::arg("scale_dtype"), nb::arg("zero"),
         nb::arg("zero_length"), nb::arg("zero_dtype"), nb::arg("groups"), nb::arg("group"), nb::arg("bits"),
         nb::arg("k"), nb::arg("out"), nb::arg("out_length"), nb::arg("row_begin"), nb::arg("row_end"),
-        nb::arg("isa") = -1, unlocked());
-  m.def("hadamard", &hadamard, nb::arg("x"), nb::arg("length"), nb::arg("rows"), nb::arg("n"), nb::arg("scale"),
-        nb::arg("row_begin"), nb::arg("row_end"), nb::arg("isa") = -1, unlocked());
+        nb::arg("threads"), nb::arg("isa") = -1, unlocked());
+  m.def("hadamard", &hadamard, nb::arg("x"), nb::arg("length"), nb::arg("dtype"), nb::arg("rows"), nb::arg("n"),
+        nb::arg("scale"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
   bind_linear(m);
   bind_block(m);
   bind_bits(m);
+  bind_norm(m);
+  bind_sparse(m);
   bind_cache(m);
 }

@@ -9,6 +9,8 @@
 #include "conv.hpp"
 #include "cache.hpp"
 #include "linear.hpp"
+#include "norm.hpp"
+#include "sparse.hpp"
 
 namespace laconic {
 
@@ -75,7 +77,6 @@ struct Table {
   void (*linear_dense)(const Linear&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end, float* scratch, Isa isa);
   void (*dense_rows)(const Linear&, std::int64_t begin, std::int64_t end);
   void (*attend)(const Attention&, std::int64_t begin, std::int64_t end, float* scratch);
-  void (*norm_rows)(const Norm&, const float* x, float* out, std::int64_t width, std::int64_t begin, std::int64_t end);
   void (*rotate_rows)(const Rotary&, float* x, std::int64_t heads, std::int64_t dim, std::int64_t begin, std::int64_t end);
   void (*multiply)(float* a, const float* b, std::int64_t begin, std::int64_t end);
 
@@ -94,6 +95,18 @@ struct Table {
   void (*leave_out)(std::int32_t* sums, std::int64_t stride, std::int64_t rows, const std::int32_t* counts, const std::int32_t* mask);
   std::int32_t (*sum_bytes)(const std::uint32_t* words, std::int64_t n);
   void (*finish_conv)(const ConvFinish&, const std::int32_t* sums, std::int64_t stride, std::int64_t rows, std::int64_t columns);
+  void (*unpack_row)(const std::uint32_t* words, int bits, std::int64_t k, std::uint8_t* codes);
+  void (*dequantize_rows)(const Dequantize&, std::int64_t begin, std::int64_t end);
+  void (*hadamard_rows)(const Hadamard&, std::int64_t begin, std::int64_t end, float* scratch);
+  void (*norm_forward)(const NormForward&, const float* weight, const float* bias, std::int64_t begin, std::int64_t end,
+                       float* scratch);
+  void (*norm_backward)(const NormBackward&, const float* weight, std::int64_t begin, std::int64_t end, float* dweight,
+                        float* dbias, float* scratch);
+  void (*add_parts)(const float* parts, std::int64_t count, std::int64_t d, float* out, std::int64_t begin, std::int64_t end);
+  void (*to_floats)(const void* base, Dtype dtype, std::int64_t n, float offset, float* out);
+  void (*sparse_few)(const SparseLinear&, std::int64_t begin, std::int64_t end);
+  void (*lay_columns)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
+  void (*sparse_many)(const SparseLinear&, const Columns&, std::int64_t begin, std::int64_t end);
   void (*attend_cache)(const CacheAttention&, const CacheSizes&, std::int64_t task, float* partials, float* scratch);
   void (*join_cache)(const CacheAttention&, const CacheSizes&, float* partials, std::int64_t begin, std::int64_t end);
   void (*append_cache)(const CacheAppend&, std::int64_t begin, std::int64_t end, float* scratch);

@@ -30,6 +30,7 @@ struct Simd {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F copy_sign(F size, F sign) {
     const F mask = _mm256_set1_ps(-0.0f);
     return _mm256_or_ps(_mm256_and_ps(mask, sign), _mm256_andnot_ps(mask, size));
@@ -73,6 +74,74 @@ struct Simd {
   static F from_bfloat(const std::uint16_t* p) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  static void to_half(std::uint16_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void to_bfloat(std::uint16_t* p, F x) {
+    const I bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I near = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const I none = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const I all = _mm256_blendv_epi8(near, _mm256_set1_epi32(0x7fc0), none);
+    const __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+  static F from_bytes(const std::uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F from_signed_bytes(const std::int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void to_signed_bytes(std::int8_t* p, I x) {
+    const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
+  }
+  template <int Distance>
+  static F butterfly(F a) {
+    constexpr auto sign = [](int lane) { return lane & Distance ? INT32_MIN : 0; };
+    const I minus = _mm256_setr_epi32(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7));
+    F other;
+    if constexpr (Distance == 1) other = _mm256_permute_ps(a, 0xb1);
+    else if constexpr (Distance == 2) other = _mm256_permute_ps(a, 0x4e);
+    else other = _mm256_permute2f128_ps(a, a, 1);
+    return _mm256_add_ps(other, _mm256_xor_ps(a, _mm256_castsi256_ps(minus)));
+  }
+  static F pick_two(F low, F high, I index) {
+    const F a = _mm256_permutevar8x32_ps(low, index), b = _mm256_permutevar8x32_ps(high, index);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  static I shift_right_each(I a, I n) { return _mm256_srlv_epi32(a, n); }
+
+  /// 16 codes from 2 * Bits bytes, twice a step: a byte shuffle puts the two bytes that can hold code j into 16-bit
+  /// lane j, a multiplication by 2^(8 - shift) lifts the code to bit 8 (there is no shift by a count of its own for
+  /// each 16-bit lane), and one shift and one mask bring it down.
+  template <int Bits>
+  static std::int64_t unpack(const std::uint8_t* from, std::int64_t size, std::int64_t k, std::uint8_t* codes) {
+    alignas(32) static constexpr auto table = [] {
+      struct { std::uint8_t bytes[32]{}; std::uint16_t lift[16]{}; } t;
+      for (int j = 0; j < 16; ++j) {
+        const int byte = j * Bits >> 3;
+        t.bytes[2 * j] = static_cast<std::uint8_t>(byte);
+        t.bytes[2 * j + 1] = static_cast<std::uint8_t>(byte + 1 < 16 ? byte + 1 : 0x80);  // 0x80 gives zero
+        t.lift[j] = static_cast<std::uint16_t>(1u << (8 - (j * Bits & 7)));
+      }
+      return t;
+    }();
+    const I shuffle = load_words(table.bytes), lift = load_words(table.lift);
+    const I mask = _mm256_set1_epi16((1 << Bits) - 1);
+    const auto sixteen = [&](std::int64_t at) __attribute__((always_inline)) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
+      const I pairs = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(raw), shuffle);
+      return _mm256_and_si256(_mm256_srli_epi16(_mm256_mullo_epi16(pairs, lift), 8), mask);
+    };
+    std::int64_t i = 0;
+    // The second load of a step reads 16 bytes from its 2 * Bits: it must stay inside the row.
+    for (std::int64_t at = 0; i + 32 <= k && at + 2 * Bits + 16 <= size; i += 32, at += 4 * Bits) {
+      const I packed = _mm256_packus_epi16(sixteen(at), sixteen(at + 2 * Bits));
+      // packus interleaves the 128-bit lanes of its operands: put the quarters back in order.
+      store_words(codes + i, _mm256_permute4x64_epi64(packed, 0b11011000));
+    }
+    return i;
   }
   static I signed_byte(I words, int place) {
     return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * place), 24);

@@ -27,6 +27,7 @@ struct Simd {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // a b + c
   static F abs(F a) { return _mm512_abs_ps(a); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F copy_sign(F size, F sign) {
     const F mask = _mm512_castsi512_ps(_mm512_set1_epi32(INT32_MIN));
     return _mm512_or_ps(_mm512_and_ps(mask, sign), _mm512_andnot_ps(mask, size));
@@ -58,6 +59,49 @@ struct Simd {
   static F from_bfloat(const std::uint16_t* p) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  /// Rounded to nearest even; what is not a number stays so.
+  static void to_half(std::uint16_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void to_bfloat(std::uint16_t* p, F x) {
+    const I bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const I near = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const I all = _mm512_mask_mov_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(all));
+  }
+  static F from_bytes(const std::uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F from_signed_bytes(const std::int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  /// The low byte of each word, which holds a number of -128 to 127.
+  static void to_signed_bytes(std::int8_t* p, I x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+  }
+  /// (a + b, a - b) of each pair of lanes `Distance` apart.
+  template <int Distance>
+  static F butterfly(F a) {
+    F other;
+    if constexpr (Distance == 1) other = _mm512_permute_ps(a, 0xb1);
+    else if constexpr (Distance == 2) other = _mm512_permute_ps(a, 0x4e);
+    else if constexpr (Distance == 4) other = _mm512_shuffle_f32x4(a, a, 0xb1);
+    else other = _mm512_shuffle_f32x4(a, a, 0x4e);
+    constexpr auto upper = static_cast<__mmask16>(Distance == 1 ? 0xaaaa : Distance == 2 ? 0xcccc : Distance == 4 ? 0xf0f0 : 0xff00);
+    return _mm512_mask_sub_ps(_mm512_add_ps(a, other), upper, other, a);
+  }
+  /// Element index of low and high, one after the other, for each lane; index in 0..31, bits above may hold anything.
+  static F pick_two(F low, F high, I index) { return _mm512_permutex2var_ps(low, index, high); }
+  static I shift_right_each(I a, I n) { return _mm512_srlv_epi32(a, n); }
+  /// The first of k codes of Bits bits, one to a byte, as far as whole vectors go; how many that are. `size` bytes may
+  /// be read, and k bytes written.
+  template <int Bits>
+  static std::int64_t unpack(const std::uint8_t* from, std::int64_t size, std::int64_t k, std::uint8_t* codes) {
+    std::int64_t i = 0;
+    for (std::int64_t at = 0; i + 64 <= k; i += 64, at += 8 * Bits)
+      store_words(codes + i, unpack64<Bits>(load_bytes(from + at, static_cast<int>(size - at < 64 ? size - at : 64))));
+    return i;
   }
   /// Byte `place` of each word, as a signed number.
   static I signed_byte(I words, int place) {

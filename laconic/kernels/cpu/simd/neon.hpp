@@ -36,6 +36,7 @@ struct Simd {
   static F min(F a, F b) { return vminq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F abs(F a) { return vabsq_f32(a); }
+  static F sqrt(F a) { return vsqrtq_f32(a); }
   static F copy_sign(F size, F sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, size); }
   static F round(F a) { return vrndnq_f32(a); }
   static float sum(F a) { return vaddvq_f32(a); }
@@ -73,6 +74,44 @@ struct Simd {
 
   static F from_half(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static F from_bfloat(const std::uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static void to_half(std::uint16_t* p, F x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+  static void to_bfloat(std::uint16_t* p, F x) {
+    const I bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const I near = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    vst1_u16(p, vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), near, vdupq_n_u32(0x7fc00000u)), 16));
+  }
+  static F from_bytes(const std::uint8_t* p) {
+    std::uint8_t padded[8] = {};
+    std::memcpy(padded, p, 4);
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vld1_u8(padded)))));
+  }
+  static F from_signed_bytes(const std::int8_t* p) {
+    std::int8_t padded[8] = {};
+    std::memcpy(padded, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(padded)))));
+  }
+  static void to_signed_bytes(std::int8_t* p, I x) {
+    const int16x4_t shorts = vqmovn_s32(vreinterpretq_s32_u32(x));
+    std::int8_t all[8];
+    vst1_s8(all, vqmovn_s16(vcombine_s16(shorts, shorts)));
+    std::memcpy(p, all, 4);
+  }
+  template <int Distance>
+  static F butterfly(F a) {
+    static constexpr std::uint32_t minus[4] = {0, Distance & 1 ? 0x80000000u : 0, Distance & 2 ? 0x80000000u : 0, 0x80000000u};
+    F other;
+    if constexpr (Distance == 1) other = vrev64q_f32(a);
+    else other = vextq_f32(a, a, 2);
+    return vaddq_f32(other, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(a), vld1q_u32(minus))));
+  }
+  static F pick_two(F low, F high, I index) {
+    const uint8x16x2_t table = {{vreinterpretq_u8_f32(low), vreinterpretq_u8_f32(high)}};
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100u), vandq_u32(index, vdupq_n_u32(7u)), vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(table, vreinterpretq_u8_u32(at)));
+  }
+  static I shift_right_each(I a, I n) { return vshlq_u32(a, vnegq_s32(vreinterpretq_s32_u32(n))); }
+  template <int Bits>
+  static std::int64_t unpack(const std::uint8_t*, std::int64_t, std::int64_t, std::uint8_t*) { return 0; }
   static I signed_byte(I words, int place) {
     const int32x4_t up = vreinterpretq_s32_u32(vshlq_u32(words, vdupq_n_s32(24 - 8 * place)));
     return vreinterpretq_u32_s32(vshrq_n_s32(up, 24));

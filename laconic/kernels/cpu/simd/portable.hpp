@@ -16,25 +16,26 @@ struct Simd {
   struct F { float at[kLanes]; };
   struct I { std::uint32_t at[kLanes]; };
 
-  static F zero() { return splat(0.0f); }
-  static F splat(float x) { return {{x, x, x, x}}; }
-  static F load(const float* p) { return read<F>(p, 16); }
-  static F load_first(const float* p, int n) { return read<F>(p, 4 * std::min(n, kLanes)); }
-  static void store(float* p, F x) { std::memcpy(p, x.at, 16); }
-  static void store_first(float* p, F x, int n) { std::memcpy(p, x.at, 4 * static_cast<std::size_t>(std::min(n, kLanes))); }
-  static F add(F a, F b) { return each(a, b, [](float x, float y) { return x + y; }); }
-  static F sub(F a, F b) { return each(a, b, [](float x, float y) { return x - y; }); }
-  static F mul(F a, F b) { return each(a, b, [](float x, float y) { return x * y; }); }
-  static F div(F a, F b) { return each(a, b, [](float x, float y) { return x / y; }); }
-  static F max(F a, F b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
-  static F min(F a, F b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
-  static F fma(F a, F b, F c) { return add(mul(a, b), c); }  // rounded twice: std::fma is a call where there is none
-  static F abs(F a) { return each(a, a, [](float x, float) { return std::fabs(x); }); }
-  static F copy_sign(F size, F sign) { return each(size, sign, [](float x, float y) { return std::copysign(x, y); }); }
-  static F round(F a) { return each(a, a, [](float x, float) { return std::nearbyint(x); }); }
-  static float sum(F a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
-  static float largest(F a) { return std::max(std::max(a.at[0], a.at[1]), std::max(a.at[2], a.at[3])); }
-  static F scale_by_power(F a, F n) {
+  static LACONIC_INLINE F zero() { return splat(0.0f); }
+  static LACONIC_INLINE F splat(float x) { return {{x, x, x, x}}; }
+  static LACONIC_INLINE F load(const float* p) { return read<F>(p, 16); }
+  static LACONIC_INLINE F load_first(const float* p, int n) { return read<F>(p, 4 * std::min(n, kLanes)); }
+  static LACONIC_INLINE void store(float* p, F x) { std::memcpy(p, x.at, 16); }
+  static LACONIC_INLINE void store_first(float* p, F x, int n) { std::memcpy(p, x.at, 4 * static_cast<std::size_t>(std::min(n, kLanes))); }
+  static LACONIC_INLINE F add(F a, F b) { return each(a, b, [](float x, float y) { return x + y; }); }
+  static LACONIC_INLINE F sub(F a, F b) { return each(a, b, [](float x, float y) { return x - y; }); }
+  static LACONIC_INLINE F mul(F a, F b) { return each(a, b, [](float x, float y) { return x * y; }); }
+  static LACONIC_INLINE F div(F a, F b) { return each(a, b, [](float x, float y) { return x / y; }); }
+  static LACONIC_INLINE F max(F a, F b) { return each(a, b, [](float x, float y) { return x > y ? x : y; }); }
+  static LACONIC_INLINE F min(F a, F b) { return each(a, b, [](float x, float y) { return x < y ? x : y; }); }
+  static LACONIC_INLINE F fma(F a, F b, F c) { return add(mul(a, b), c); }  // rounded twice: std::fma is a call where there is none
+  static LACONIC_INLINE F abs(F a) { return each(a, a, [](float x, float) { return std::fabs(x); }); }
+  static LACONIC_INLINE F sqrt(F a) { return each(a, a, [](float x, float) { return std::sqrt(x); }); }
+  static LACONIC_INLINE F copy_sign(F size, F sign) { return each(size, sign, [](float x, float y) { return std::copysign(x, y); }); }
+  static LACONIC_INLINE F round(F a) { return each(a, a, [](float x, float) { return std::nearbyint(x); }); }
+  static LACONIC_INLINE float sum(F a) { return (a.at[0] + a.at[2]) + (a.at[1] + a.at[3]); }
+  static LACONIC_INLINE float largest(F a) { return std::max(std::max(a.at[0], a.at[1]), std::max(a.at[2], a.at[3])); }
+  static LACONIC_INLINE F scale_by_power(F a, F n) {
     return each(a, n, [](float x, float y) {
       return x * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<int>(y) + 127) << 23);
     });
@@ -45,44 +46,80 @@ struct Simd {
     return {{w, w, w, w}};
   }
   static LACONIC_INLINE I load_words(const void* p) { return read<I>(p, 16); }
-  static I load_bytes(const void* p, int n) { return read<I>(p, std::min(n, 16)); }
-  static void store_words(void* p, I x) { std::memcpy(p, x.at, 16); }
+  static LACONIC_INLINE I load_bytes(const void* p, int n) { return read<I>(p, std::min(n, 16)); }
+  static LACONIC_INLINE void store_words(void* p, I x) { std::memcpy(p, x.at, 16); }
   static LACONIC_INLINE I add_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; }); }
   static LACONIC_INLINE I bit_and(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x & y; }); }
-  static I shift_right(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x >> n; }); }
-  static F to_float(I a) {
+  static LACONIC_INLINE I shift_right(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x >> n; }); }
+  static LACONIC_INLINE F to_float(I a) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(static_cast<std::int32_t>(a.at[i]));
     return r;
   }
-  static I to_int(F a) {
+  static LACONIC_INLINE I to_int(F a) {
     I r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(std::nearbyint(a.at[i])));
     return r;
   }
-  static F bits_as_float(I a) { return std::bit_cast<F>(a); }
-  static F pick(F a, I index) {
+  static LACONIC_INLINE F bits_as_float(I a) { return std::bit_cast<F>(a); }
+  static LACONIC_INLINE F pick(F a, I index) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = a.at[index.at[i] & (kLanes - 1)];
     return r;
   }
-  static F gather(const float* base, I index) {
+  static LACONIC_INLINE F gather(const float* base, I index) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = base[static_cast<std::int32_t>(index.at[i])];
     return r;
   }
 
-  static F from_half(const std::uint16_t* p) {
+  static LACONIC_INLINE F from_half(const std::uint16_t* p) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = laconic::from_half(p[i]);
     return r;
   }
-  static F from_bfloat(const std::uint16_t* p) {
+  static LACONIC_INLINE F from_bfloat(const std::uint16_t* p) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = laconic::from_bfloat(p[i]);
     return r;
   }
-  static I signed_byte(I w, int place) {
+  static LACONIC_INLINE void to_half(std::uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = laconic::to_half(x.at[i]);
+  }
+  static LACONIC_INLINE void to_bfloat(std::uint16_t* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = laconic::to_bfloat(x.at[i]);
+  }
+  static LACONIC_INLINE F from_bytes(const std::uint8_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(p[i]);
+    return r;
+  }
+  static LACONIC_INLINE F from_signed_bytes(const std::int8_t* p) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = static_cast<float>(p[i]);
+    return r;
+  }
+  static LACONIC_INLINE void to_signed_bytes(std::int8_t* p, I x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(x.at[i]));
+  }
+  template <int Distance>
+  static LACONIC_INLINE F butterfly(F a) {
+    F r;
+    for (int i = 0; i < kLanes; ++i) r.at[i] = i & Distance ? a.at[i ^ Distance] - a.at[i] : a.at[i] + a.at[i ^ Distance];
+    return r;
+  }
+  static LACONIC_INLINE F pick_two(F low, F high, I index) {
+    F r;
+    for (int i = 0; i < kLanes; ++i)
+      r.at[i] = (index.at[i] & kLanes ? high : low).at[index.at[i] & (kLanes - 1)];
+    return r;
+  }
+  static LACONIC_INLINE I shift_right_each(I a, I n) {
+    return words(a, n, [](std::uint32_t x, std::uint32_t y) { return x >> y; });
+  }
+  template <int Bits>
+  static LACONIC_INLINE std::int64_t unpack(const std::uint8_t*, std::int64_t, std::int64_t, std::uint8_t*) { return 0; }
+  static LACONIC_INLINE I signed_byte(I w, int place) {
     I r;
     for (int i = 0; i < kLanes; ++i)
       r.at[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w.at[i] << (24 - 8 * place)) >> 24);
@@ -103,7 +140,7 @@ struct Simd {
   }
   static LACONIC_INLINE I bit_xor(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x ^ y; }); }
 
-  static I spread_three(I bytes) {
+  static LACONIC_INLINE I spread_three(I bytes) {
     std::uint8_t raw[17] = {};
     std::memcpy(raw, bytes.at, 16);
     I r;
@@ -112,14 +149,14 @@ struct Simd {
   }
 
   template <int Bits>
-  static F level(I words, const float* table16, F, F) {
+  static LACONIC_INLINE F level(I words, const float* table16, F, F) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = table16[words.at[i] & 15u];  // repeated, so that 4 bits may count
     return r;
   }
 
   static constexpr bool kUnpacks = false;
-  static void transpose(I* rows) {
+  static LACONIC_INLINE void transpose(I* rows) {
     std::uint32_t t[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i) store_words(t[i], rows[i]);
     for (int i = 0; i < kLanes; ++i) {
@@ -128,7 +165,7 @@ struct Simd {
       rows[i] = load_words(column);
     }
   }
-  static I narrow(I a, I b, I c, I d) {
+  static LACONIC_INLINE I narrow(I a, I b, I c, I d) {
     std::int8_t bytes[16];
     for (int i = 0; i < kLanes; ++i) {
       const std::uint32_t from[4] = {a.at[i], b.at[i], c.at[i], d.at[i]};
@@ -137,7 +174,7 @@ struct Simd {
     }
     return load_words(bytes);
   }
-  static I dot4(I acc, I u8, I s8) {
+  static LACONIC_INLINE I dot4(I acc, I u8, I s8) {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < 32; j += 8)
         acc.at[i] += static_cast<std::uint32_t>(static_cast<std::int32_t>(u8.at[i] >> j & 0xffu) *
@@ -153,17 +190,17 @@ struct Simd {
   }
 
   // --- bits ---
-  static F floor(F a) { return each(a, a, [](float x, float) { return std::floor(x); }); }
+  static LACONIC_INLINE F floor(F a) { return each(a, a, [](float x, float) { return std::floor(x); }); }
   static constexpr bool kCounts = false;
   static LACONIC_INLINE I bit_or(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x | y; }); }
-  static I shift_left(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x << n; }); }
-  static I shift_right_signed(I a, int n) {
+  static LACONIC_INLINE I shift_left(I a, int n) { return words(a, a, [n](std::uint32_t x, std::uint32_t) { return x << n; }); }
+  static LACONIC_INLINE I shift_right_signed(I a, int n) {
     return words(a, a, [n](std::uint32_t x, std::uint32_t) {
       return static_cast<std::uint32_t>(static_cast<std::int32_t>(x) >> n);
     });
   }
-  static I sub_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; }); }
-  static I mul_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; }); }
+  static LACONIC_INLINE I sub_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; }); }
+  static LACONIC_INLINE I mul_words(I a, I b) { return words(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; }); }
   static std::int32_t sum_words(I a) { return static_cast<std::int32_t>(a.at[0] + a.at[1] + a.at[2] + a.at[3]); }
   static LACONIC_INLINE I count(I acc, I a) {
     return words(acc, a, [](std::uint32_t sum, std::uint32_t x) {  // ones in each 2, 4, 8 bits, then of the bytes
@@ -172,7 +209,7 @@ struct Simd {
       return sum + (((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
     });
   }
-  static I not_negative(F x) {
+  static LACONIC_INLINE I not_negative(F x) {
     I r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = x.at[i] >= 0.0f ? ~std::uint32_t{0} : std::uint32_t{0};
     return r;
@@ -180,7 +217,7 @@ struct Simd {
   static std::uint32_t sign_bits(I a) {
     return a.at[0] >> 31 | a.at[1] >> 31 << 1 | a.at[2] >> 31 << 2 | a.at[3] >> 31 << 3;
   }
-  static void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
+  static LACONIC_INLINE void turn4(const std::uint32_t* rows, std::int64_t stride, std::uint32_t* out, std::int64_t out_stride) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) out[j * out_stride + i] = rows[i * stride + j];
   }
@@ -193,7 +230,7 @@ struct Simd {
     return r;
   }
   template <class Op>
-  static F each(F a, F b, Op op) {
+  static LACONIC_INLINE F each(F a, F b, Op op) {
     F r;
     for (int i = 0; i < kLanes; ++i) r.at[i] = op(a.at[i], b.at[i]);
     return r;
