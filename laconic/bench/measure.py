@@ -23,7 +23,7 @@ import numpy as np
 __all__ = ["LEAST", "LEVEL", "ROUNDS", "Ratio", "Timed", "alternate", "ratio"]
 
 ROUNDS = 15  # the least for figures that are to be kept
-LEAST = 0.002  # seconds that a contestant works in a round
+LEAST = 0.02  # seconds that a contestant works in a round: the first of them follow somebody else's data in the caches
 SETTLE = 0.01  # seconds between contestants: thread pools of other runtimes spin for a while after their work
 WARM = 0.05  # what takes longer than this many seconds a call is not warmed up again in every round
 LEVEL = 0.95

@@ -97,7 +97,7 @@ def int8_inputs(problem: Product) -> Ready:
 
 
 def _rounds(problem: Product) -> str | None:
-    return None if problem.activations == 8 else "the problem keeps float inputs"
+    return "the problem has inputs of 1 bit" if problem.activations == 1 else None
 
 
 @contestant("laconic fused blocks", OURS, LanguageModel, when=_has_scheme)

@@ -56,8 +56,8 @@ def _table(element: Levels | Binary) -> Tensor:
 
 
 def takes_int8(scheme: Scheme, k: int) -> bool:
-    """Whether integer products can run: codes that are numbers, in groups of whole words of four."""
-    if isinstance(scheme.element, Levels | Binary):
+    """Whether integer products can run: evenly spaced levels, in groups of whole words of four."""
+    if isinstance(scheme.element, Levels):
         return False
     return scheme.scale.granularity != "group" or scheme.scale.groups(k) == 1 or scheme.scale.group_of(k) % 4 == 0
 

@@ -121,12 +121,22 @@ def _matrix(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k
 
 def _rows_of(codes: Tensor, index: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k: int) -> Tensor:
     """float32 (len(index), k): some rows only."""
-    per_row = scale.shape[0] > 1 or codes.shape[0] == 1
-    zero = unpack_zero(zero, scale.shape[0], scheme)
     # index_select, which refuses negative numbers as F.embedding does, where indexing would count from the end.
-    s = scale.index_select(0, index) if per_row else scale
-    z = zero.index_select(0, index) if zero is not None and per_row else zero
-    return dequantize_rows(codes.index_select(0, index), s, z, scheme, k)
+    some = codes.index_select(0, index)
+    if scale.shape[0] == 1 and codes.shape[0] != 1:
+        return dequantize_rows(some, scale, unpack_zero(zero, 1, scheme), scheme, k)
+    return dequantize_rows(some, scale.index_select(0, index), _zero_rows(zero, index, scheme), scheme, k)
+
+
+def _zero_rows(zero: Tensor | None, index: Tensor, scheme: Scheme) -> Tensor | None:
+    """Zero points (len(index), G) of some rows: of a table of embeddings, all of them would be most of the work."""
+    if zero is None or scheme.zero == "real":
+        return zero if zero is None else zero.index_select(0, index)
+    bits = scheme.element.bits
+    first = index.long() * bits
+    word = first >> 5
+    low, high = (zero.index_select(0, at).long() & 0xFFFFFFFF for at in (word, (word + 1).clamp(max=zero.shape[0] - 1)))
+    return ((low | high << 32) >> (first & 31).unsqueeze(1) & (1 << bits) - 1).to(torch.uint8)
 
 
 # --- the references -------------------------------------------------------------------------------------------------

@@ -66,6 +66,18 @@ FAMILIES = (
         act="intermediate.intermediate_act_fn", attention="attention.self", pre_norm=False,
     ),
     Family(
+        classes=("TransformerBlock",),  # DistilBERT's
+        q="attention.q_lin", k="attention.k_lin", v="attention.v_lin", o="attention.out_lin",
+        up="ffn.lin1", down="ffn.lin2", before="sa_layer_norm", after="output_layer_norm",
+        act="ffn.activation", attention="attention", pre_norm=False,
+    ),
+    Family(
+        classes=("ViTLayer", "DeiTLayer"),
+        q="attention.q_proj", k="attention.k_proj", v="attention.v_proj", o="attention.o_proj",
+        up="mlp.fc1", down="mlp.fc2", before="layernorm_before", after="layernorm_after",
+        act="mlp.activation_fn", attention="attention",
+    ),
+    Family(
         classes=("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"),
         q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", o="self_attn.o_proj",
         gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj",
@@ -104,7 +116,7 @@ def why_not(block: nn.Module, family: Family) -> str:
         return "none of its linear layers is packed"
     if getattr(block, "add_cross_attention", False):
         return "it attends to another sequence as well"
-    if getattr(block, "chunk_size_feed_forward", 0):
+    if any(getattr(module, "chunk_size_feed_forward", 0) for module in block.modules()):
         return "its feed-forward part runs in chunks"
     if _act_of(_at(block, family.act)) is None:
         return f"its activation {type(_at(block, family.act)).__name__} has no kernel"

@@ -33,8 +33,11 @@ SCHEMES = [
     "v1/ternary/channel/float16/absmean/znone/nearest",
     "v1/ternary/group40/float32/absmean/znone/nearest",
     "v1/ternary/group16/float32/absmean/znone/nearest",
+    "v1/ternary/group128/float16/absmean/znone/nearest",
+    "v1/ternary/group36/float32/absmean/znone/nearest",
     "v1/binary/channel/float32/absmean/znone/nearest",
     "v1/binary/group32/float16/absmean/znone/nearest",
+    "v1/binary/group16/float16/absmean/znone/nearest",
 ]
 SHAPES = [(6, 37), (1, 64), (33, 300), (17, 1030), (70, 96), (5, 8), (3, 1), (0, 16)]
 ISAS = range(native.load().best_isa() + 1) if native.load() is not None else ()
@@ -129,13 +132,13 @@ def test_what_does_not_fit_is_refused() -> None:
 class TestInputsOf8Bits:
     @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize(
-        "scheme", [s for s in SCHEMES if not any(word in s for word in ("group5", "levels", "binary"))]
+        "scheme", [s for s in SCHEMES if not any(word in s for word in ("group5", "levels"))]
     )
     def test_equals_the_product_of_rounded_inputs(self, scheme: str, isa: int) -> None:
         for rows, k in SHAPES:
             parsed, operands, weight = packed(rows, k, scheme)
             bias = noise(rows)
-            for m, act in ((0, "none"), (1, "gelu"), (3, "relu"), (7, "none"), (29, "silu")):
+            for m, act in ((0, "none"), (1, "gelu"), (3, "relu"), (6, "none"), (8, "none"), (29, "silu")):
                 x, residual = noise(m, k), noise(m, rows)
                 got = cpu_linear.linear(x, *operands, bias, residual, parsed, act, int8=True, isa=isa)
                 rounded = round_inputs(x, INT8_TOKENS).double()
@@ -143,9 +146,10 @@ class TestInputsOf8Bits:
                 size = (rounded.abs() @ weight.double().abs().t() + 1).max() if want.numel() else 1.0
                 torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6 * float(size))
 
-    def test_same_bits_for_any_number_of_threads(self) -> None:
+    @pytest.mark.parametrize("m", [1, 6, 500])
+    def test_same_bits_for_any_number_of_threads(self, m: int) -> None:
         parsed, operands, _ = packed(77, 520, SCHEMES[5])
-        x = noise(500, 520)
+        x = noise(m, 520)
         first = cpu_linear.linear(x, *operands, None, None, parsed, "gelu", int8=True, threads=1)
         for threads in (2, 3, 4):
             again = cpu_linear.linear(x, *operands, None, None, parsed, "gelu", int8=True, threads=threads)
@@ -163,7 +167,7 @@ class TestInputsOf8Bits:
             torch.testing.assert_close(got[row].double(), want[row], rtol=0, atol=1e-6 * float(x[row].abs().sum()))
 
     def test_groups_of_no_whole_words_go_through_the_reference(self) -> None:
-        parsed, operands, weight = packed(6, 37, SCHEMES[10])
+        parsed, operands, weight = packed(6, 37, "v1/int3/group5/float16/minmax/zint/nearest")
         assert not cpu_linear.takes_int8(parsed, 37)
         with pytest.raises(ValueError, match="groups of a multiple of 4"):
             cpu_linear.linear(noise(2, 37), *operands, None, None, parsed, "none", int8=True)

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeiTConfig,
+    DeiTModel,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from laconic.kernels import native, ops
 from laconic.nn import PackedParameterSpec, declare, fill, is_packed, pack_tensors
@@ -99,6 +112,33 @@ def test_encoder_blocks(act: str, scheme: str) -> None:
         assert count == 2
         seen = (got[0] - want)[mask.bool()] if given is not None else got[0] - want
         assert float(seen.abs().max()) < 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_distilbert(scheme: str) -> None:
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=99, dim=48, hidden_dim=80, n_layers=2, n_heads=4)
+    plain, fused = twins(DistilBertModel(config).eval(), scheme)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+    with torch.no_grad():
+        want = plain(IDS, attention_mask=mask)[0]
+    got, count = runs_short(fused, IDS, attention_mask=mask)
+    assert count == 2
+    assert float((got[0] - want)[mask.bool()].abs().max()) < 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("model", "config"), [(ViTModel, ViTConfig), (DeiTModel, DeiTConfig)])
+def test_vision_blocks(model: Any, config: Any, scheme: str) -> None:
+    torch.manual_seed(0)
+    sizes = {name: size for name, size in SMALL.items() if name != "vocab_size"}
+    plain, fused = twins(model(config(**sizes, num_attention_heads=4, image_size=16, patch_size=4)).eval(), scheme)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        want = plain(pixels)[0]
+    got, count = runs_short(fused, pixels)
+    assert count == 2
+    assert float((got[0] - want).abs().max()) < 1e-5 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -9,6 +9,7 @@ namespace laconic {
 namespace {
 
 constexpr std::int64_t kFewTokens = 4;  // for which starting threads does not pay
+constexpr std::int64_t kTogether = 384;   // that go through the feed-forward part together: what is between its layers stays in the cache
 
 /// Buffers of one call, cut from one piece of memory.
 struct Buffers {
@@ -48,18 +49,19 @@ Buffers cut(const Block& b, std::int64_t tokens, std::int64_t keys, std::int64_t
     used += lines(floats);
     return p;
   };
-  r.normed = take(tokens * b.width);
-  r.hidden = take(tokens * b.width);
+  const std::int64_t together = tokens < kTogether ? tokens : kTogether;
+  r.normed = take(together * b.width);
+  r.hidden = take(together * b.width);
   r.attended = take(tokens * b.heads * b.dim);
-  r.wide = take(tokens * b.up.w.rows);
-  r.other = take(b.gate.w.rows > 0 ? tokens * b.gate.w.rows : 0);
+  r.wide = take(together * b.up.w.rows);
+  r.other = take(b.gate.w.rows > 0 ? together * b.gate.w.rows : 0);
   r.attention = take(threads * attention_scratch(a));
-  r.norm = take(norm_scratch(job(b.before, nullptr, nullptr, tokens, b.width), threads));
+  r.norm = take(norm_scratch(job(b.before, nullptr, nullptr, together, b.width), threads));
   r.linear = reinterpret_cast<std::uint8_t*>(take(0));
   std::int64_t most = 0;
   for (const Layer* layer : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) {
     if (layer->w.rows == 0) continue;
-    const std::int64_t need = linear_bytes(*layer, tokens, threads, isa);
+    const std::int64_t need = linear_bytes(*layer, together, threads, isa);
     most = need > most ? need : most;
   }
   r.bytes = used + most + 64;
@@ -84,41 +86,11 @@ struct Run {
   }
 };
 
-}  // namespace
-
-std::int64_t block_scratch(const Block& b, std::int64_t tokens, std::int64_t keys, std::int64_t queries, int threads, Isa isa) {
-  return cut(b, tokens, keys, queries, threads, isa, nullptr).bytes + 64;
-}
-
-void block_begin(const Block& b, const float* x, std::int64_t tokens, Rotary rotary, float* q, float* k, float* v,
-                 std::uint8_t* scratch, int threads, Isa isa) {
-  const Buffers to = cut(b, tokens, 0, 0, threads, isa, scratch);
-  const Run run{table(isa), threads, isa, to};
-  if (b.pre_norm) {
-    run.norm(b.before, x, tokens, b.width, to.normed);
-    x = to.normed;
-  }
-  run.linear(b.q, x, tokens, q);
-  run.linear(b.k, x, tokens, k);
-  run.linear(b.v, x, tokens, v);
-  if (rotary.cos == nullptr) return;
-  parallel(threads, tokens, kFewTokens, [&](std::int64_t begin, std::int64_t end, int) {
-    run.kernels.rotate_rows(rotary, q, b.heads, b.dim, begin, end);
-    run.kernels.rotate_rows(rotary, k, b.kv_heads, b.dim, begin, end);
-  });
-}
-
-void block_end(const Block& b, const float* x, Attention attention, float* out, std::uint8_t* scratch, int threads, Isa isa) {
-  const std::int64_t tokens = attention.batch * attention.queries, wide = b.up.w.rows;
-  const Buffers to = cut(b, tokens, attention.keys, attention.queries, threads, isa, scratch);
-  const Run run{table(isa), threads, isa, to};
-  attention.out = to.attended;
-  attention.out_at = {attention.queries * b.heads * b.dim, b.heads * b.dim, b.dim};
-  const std::int64_t own = attention_scratch(attention);
-  parallel(threads, attention.batch * attention.heads, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
-    run.kernels.attend(attention, begin, end, to.attention + thread * own);
-  });
-  run.linear(b.o, to.attended, tokens, to.hidden, x);
+/// What follows attention, of some tokens: its projection, the norms and the two or three layers between them.
+void feed_forward(const Block& b, const Run& run, const Buffers& to, const float* x, const float* attended,
+                  std::int64_t tokens, float* out) {
+  const std::int64_t wide = b.up.w.rows;
+  run.linear(b.o, attended, tokens, to.hidden, x);
   const float* into = to.hidden;
   if (b.pre_norm) {
     run.norm(b.after, to.hidden, tokens, b.width, to.normed);
@@ -129,7 +101,7 @@ void block_end(const Block& b, const float* x, Attention attention, float* out, 
   if (b.gate.w.rows > 0) {
     run.linear(b.gate, into, tokens, to.wide, nullptr, b.act);
     run.linear(b.up, into, tokens, to.other);
-    parallel(threads, tokens * wide, 4096, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel(run.threads, tokens * wide, 4096, [&](std::int64_t begin, std::int64_t end, int) {
       run.kernels.multiply(to.wide, to.other, begin, end);
     });
   } else {
@@ -137,6 +109,50 @@ void block_end(const Block& b, const float* x, Attention attention, float* out, 
   }
   run.linear(b.down, to.wide, tokens, out, to.hidden);
   if (!b.pre_norm) run.norm(b.after, out, tokens, b.width, out);
+}
+
+}  // namespace
+
+std::int64_t block_scratch(const Block& b, std::int64_t tokens, std::int64_t keys, std::int64_t queries, int threads, Isa isa) {
+  return cut(b, tokens, keys, queries, threads, isa, nullptr).bytes + 64;
+}
+
+void block_begin(const Block& b, const float* x, std::int64_t tokens, Rotary rotary, float* q, float* k, float* v,
+                 std::uint8_t* scratch, int threads, Isa isa) {
+  const Buffers to = cut(b, tokens, 0, 0, threads, isa, scratch);
+  const Run run{table(isa), threads, isa, to};
+  for (std::int64_t at = 0; at < tokens; at += kTogether) {
+    const std::int64_t some = tokens - at < kTogether ? tokens - at : kTogether;
+    const float* from = x + at * b.width;
+    if (b.pre_norm) {
+      run.norm(b.before, from, some, b.width, to.normed);
+      from = to.normed;
+    }
+    run.linear(b.q, from, some, q + at * b.q.w.rows);
+    run.linear(b.k, from, some, k + at * b.k.w.rows);
+    run.linear(b.v, from, some, v + at * b.v.w.rows);
+  }
+  if (rotary.cos == nullptr) return;
+  parallel(threads, tokens, kFewTokens, [&](std::int64_t begin, std::int64_t end, int) {
+    run.kernels.rotate_rows(rotary, q, b.heads, b.dim, begin, end);
+    run.kernels.rotate_rows(rotary, k, b.kv_heads, b.dim, begin, end);
+  });
+}
+
+void block_end(const Block& b, const float* x, Attention attention, float* out, std::uint8_t* scratch, int threads, Isa isa) {
+  const std::int64_t tokens = attention.batch * attention.queries;
+  const Buffers to = cut(b, tokens, attention.keys, attention.queries, threads, isa, scratch);
+  const Run run{table(isa), threads, isa, to};
+  attention.out = to.attended;
+  attention.out_at = {attention.queries * b.heads * b.dim, b.heads * b.dim, b.dim};
+  const std::int64_t own = attention_scratch(attention);
+  parallel(threads, attention.batch * attention.heads, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
+    run.kernels.attend(attention, begin, end, to.attention + thread * own);
+  });
+  for (std::int64_t at = 0; at < tokens; at += kTogether) {
+    const std::int64_t some = tokens - at < kTogether ? tokens - at : kTogether;
+    feed_forward(b, run, to, x + at * b.width, to.attended + at * b.heads * b.dim, some, out + at * b.width);
+  }
 }
 
 }  // namespace laconic

@@ -11,41 +11,46 @@ constexpr int kPanel = 2 * Simd::kLanes;
 constexpr bool kWide = Simd::kLanes == 16;  // 32 registers, else 16
 constexpr int kTile = kWide ? 6 : 2;  // rows of x whose sums, twice two vectors each, stay in registers
 
-/// s = 2 max|x| / 255 (1 if all are zero), c = clamp(round(x / s), -128, 127): `Int(8)` a token, symmetric.
+/// s = 2 max|x| / 255 (1 if all are zero), c = clamp(round(x / s), -128, 127): `Int(8)` a token, symmetric. Returns s;
+/// codes beyond k are zero.
+inline float round_row(const float* x, std::int64_t k, std::int64_t k_padded, std::int8_t* codes) {
+  using V = Simd;
+  V::F top = V::zero();
+  for (std::int64_t i = 0; i < k; i += V::kLanes)
+    top = V::max(top, V::abs(V::load_first(x + i, static_cast<int>(k - i < V::kLanes ? k - i : V::kLanes))));
+  const float largest = V::largest(top);
+  const float scale = largest > 0.0f ? 2.0f * largest / 255.0f : 1.0f;
+  const V::F step = V::splat(scale), low = V::splat(-128.0f), high = V::splat(127.0f);
+  for (std::int64_t i = 0; i < k_padded; i += 4 * V::kLanes) {
+    V::I part[4];
+    for (int j = 0; j < 4; ++j) {
+      const std::int64_t at = i + j * V::kLanes, left = k - at;
+      const V::F v = left >= V::kLanes ? V::load(x + at) : left > 0 ? V::load_first(x + at, static_cast<int>(left)) : V::zero();
+      part[j] = V::to_int(V::min(V::max(V::round(V::div(v, step)), low), high));
+    }
+    V::store_words(codes + i, V::narrow(part[0], part[1], part[2], part[3]));
+  }
+  return scale;
+}
+
+/// The sum of codes [begin, end).
+inline std::int32_t sum_codes(const std::int8_t* codes, std::int64_t begin, std::int64_t end) {
+  using V = Simd;
+  V::I sum = V::splat_word(0);
+  std::int64_t i = begin;
+  for (; i + 4 * V::kLanes <= end; i += 4 * V::kLanes) sum = V::dot4(sum, V::splat_word(0x01010101), V::load_words(codes + i));
+  std::int32_t total = V::sum_words(sum);
+  for (; i < end; ++i) total += codes[i];
+  return total;
+}
+
 /// Codes go to tiles of kTile rows with the words of the rows side by side, so that one pointer walks over all of them.
 inline void round_inputs(const Linear& job, const Rounded& to, std::int64_t begin, std::int64_t end, std::int8_t* codes) {
-  using V = Simd;
   const std::int64_t k = job.w.k, group = job.w.group;
   for (std::int64_t m = begin; m < end; ++m) {
-    const float* x = job.x + m * job.x_stride;
-    V::F top = V::zero();
-    for (std::int64_t i = 0; i < k; i += V::kLanes)
-      top = V::max(top, V::abs(V::load_first(x + i, static_cast<int>(k - i < V::kLanes ? k - i : V::kLanes))));
-    const float largest = V::largest(top);
-    const float scale = largest > 0.0f ? 2.0f * largest / 255.0f : 1.0f;
-    to.scale[m] = scale;
-    const V::F step = V::splat(scale), low = V::splat(-128.0f), high = V::splat(127.0f);
-    for (std::int64_t i = 0; i < to.k_padded; i += 4 * V::kLanes) {
-      V::I part[4];
-      for (int j = 0; j < 4; ++j) {
-        const std::int64_t at = i + j * V::kLanes, left = k - at;
-        const V::F v = left >= V::kLanes ? V::load(x + at) : left > 0 ? V::load_first(x + at, static_cast<int>(left)) : V::zero();
-        part[j] = V::to_int(V::min(V::max(V::round(V::div(v, step)), low), high));
-      }
-      V::store_words(codes + i, V::narrow(part[0], part[1], part[2], part[3]));
-    }
-    for (std::int64_t g = 0; g < job.w.groups; ++g) {
-      const std::int64_t first = g * group, stop = first + group < k ? first + group : k;
-      V::I sum = V::splat_word(0);
-      std::int64_t i = first;
-      for (; i + 4 * V::kLanes <= stop; i += 4 * V::kLanes) sum = V::dot4(sum, V::splat_word(0x01010101), V::load_words(codes + i));
-      alignas(64) std::int32_t lanes[V::kLanes];
-      V::store_words(lanes, sum);
-      std::int32_t total = 0;
-      for (int j = 0; j < V::kLanes; ++j) total += lanes[j];
-      for (; i < stop; ++i) total += codes[i];
-      to.sums[m * job.w.groups + g] = total;
-    }
+    to.scale[m] = round_row(job.x + m * job.x_stride, k, to.k_padded, codes);
+    for (std::int64_t g = 0; g < job.w.groups; ++g)
+      to.sums[m * job.w.groups + g] = sum_codes(codes, g * group, (g + 1) * group < k ? (g + 1) * group : k);
     std::int8_t* tile = to.codes + m / kTile * kTile * to.k_padded + m % kTile * 4;
     for (std::int64_t i = 0; i < to.k_padded; i += 4) __builtin_memcpy(tile + i * kTile, codes + i, 4);
   }
@@ -101,7 +106,7 @@ void fill_codes(const Matrix& w, const Panel& to, std::int64_t first, std::int64
 
 /// Scales, and scales times zero points, with the rows of the panel side by side; zero for rows beyond the last.
 inline void fill_scales(const Matrix& w, const Panel& to, std::int64_t first, float* row) {
-  const float middle = w.middle;
+  const auto [step, middle] = steps_of(w);
   float* zeros = row + w.groups + Simd::kLanes;
   for (int r = 0; r < kPanel; ++r) {
     const std::int64_t n = first + r;
@@ -110,7 +115,7 @@ inline void fill_scales(const Matrix& w, const Panel& to, std::int64_t first, fl
       if (w.zero_kind != Zero::none) read_zeros(w, n, zeros);
     }
     for (std::int64_t g = 0; g < w.groups; ++g) {
-      const float scale = n < w.rows ? row[g] : 0.0f;
+      const float scale = n < w.rows ? row[g] * step : 0.0f;
       to.scales[g * kPanel + r] = scale;
       to.zeros[g * kPanel + r] = n < w.rows ? scale * (middle + (w.zero_kind == Zero::none ? 0.0f : zeros[g])) : 0.0f;
     }

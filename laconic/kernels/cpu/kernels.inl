@@ -19,6 +19,7 @@
 #include "activation.inl"
 #include "weight_only.inl"
 #include "integer.inl"
+#include "integer_rows.inl"
 #include "dense.inl"
 #include "attention.inl"
 #include "block.inl"
@@ -43,6 +44,9 @@ static const Table kTable{
     .tile = kTile,
     .round_inputs = round_inputs,
     .linear_int8 = linear_int8,
+    .rows_sizes = rows_sizes,
+    .lay_rows = lay_rows,
+    .linear_int8_rows = linear_int8_rows,
     .dense_scratch = dense_scratch,
     .linear_dense = linear_dense,
     .dense_rows = dense_rows,

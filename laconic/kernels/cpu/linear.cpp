@@ -18,7 +18,7 @@ Sizes sizes(const Linear& job, Isa isa) {
   const std::int64_t lanes = table(isa).lanes, padded = w.groups + lanes;
   if (!reads_lanes(w)) return {0, 0, 0, w.k + w.k / 4 + 1 + 2 * padded + 2 * lanes};
   const std::int64_t chunk = codes_per_lane(w) * lanes, chunks = (w.k + chunk - 1) / chunk;
-  return {job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
+  return {(splits_lanes(w) ? 2 : 1) * job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
 constexpr std::int64_t kInputRows = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
@@ -91,6 +91,7 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
   const std::int64_t lanes = kernels.lanes, chunk = codes_per_lane(job.w) * lanes;
   Planes planes{
       .x = scratch,
+      .second = splits_lanes(job.w) ? scratch + s.x / 2 : nullptr,
       .sums = scratch + s.x,
       .index = reinterpret_cast<std::int32_t*>(scratch + s.x + s.sums),
       .chunks = (job.w.k + chunk - 1) / chunk,
@@ -104,16 +105,56 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
   });
 }
 
+namespace {
+
+/// Rows of x, rounded, that meet codes as they come: a panel would be unpacked for too few.
+bool by_rows(const Linear& job) { return job.m <= kFew; }
+
+struct RowsMemory {
+  RowsSizes size;
+  std::int64_t second, scale, sums, index, natural, own, thread, end;  // offsets in bytes but `thread`, a size
+
+  explicit RowsMemory(const RowsSizes& s, int threads) : size(s) {
+    second = whole_lines(s.codes), scale = second + (s.split ? whole_lines(s.codes) : 0);
+    sums = scale + whole_lines(s.scale), index = sums + whole_lines(s.sums);
+    natural = index + whole_lines(s.index), own = natural + whole_lines(s.natural);
+    thread = whole_lines(s.thread), end = own + threads * thread;
+  }
+};
+
+void linear_int8_by_rows(const Linear& job, std::uint8_t* scratch, int threads, Isa isa) {
+  const Table& kernels = table(isa);
+  const RowsMemory at(kernels.rows_sizes(job), threads);
+  const RoundedRows in{
+      .codes = reinterpret_cast<std::int8_t*>(scratch),
+      .second = at.size.split ? reinterpret_cast<std::int8_t*>(scratch + at.second) : nullptr,
+      .scale = reinterpret_cast<float*>(scratch + at.scale),
+      .sums = reinterpret_cast<float*>(scratch + at.sums),
+      .index = reinterpret_cast<std::int32_t*>(scratch + at.index),
+      .chunks = at.size.chunks,
+      .k_padded = at.size.k_padded,
+      .sums_stride = at.size.sums_stride,
+  };
+  kernels.lay_rows(job, in, reinterpret_cast<std::int8_t*>(scratch + at.natural));
+  parallel(threads, job.w.rows, kGrain, [&](std::int64_t begin, std::int64_t end, int thread) {
+    kernels.linear_int8_rows(job, in, begin, end, scratch + at.own + thread * at.thread, isa);
+  });
+}
+
+}  // namespace
+
 std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa) {
+  if (by_rows(job)) return RowsMemory(table(isa).rows_sizes(job), threads).end + 64;
   const Int8Sizes s = int8_sizes(job, isa);
   return s.codes + s.scale + s.sums + threads * s.thread + 64;
 }
 
 void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa) {
   if (job.m == 0 || job.w.rows == 0) return;
+  scratch += -reinterpret_cast<std::uintptr_t>(scratch) & 63u;
+  if (by_rows(job)) return linear_int8_by_rows(job, scratch, threads, isa);
   const Table& kernels = table(isa);
   const Int8Sizes s = int8_sizes(job, isa);
-  scratch += -reinterpret_cast<std::uintptr_t>(scratch) & 63u;
   const Rounded in{
       .codes = reinterpret_cast<std::int8_t*>(scratch),
       .scale = reinterpret_cast<float*>(scratch + s.codes),

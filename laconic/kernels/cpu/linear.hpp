@@ -57,10 +57,15 @@ constexpr int codes_per_lane(const Matrix& w) {
   }
 }
 
+/// Whether groups end within lanes of ternary codes. Kernels then take x in two parts: the second holds what lies in the
+/// group that begins within a lane, and zeros. (Groups of 32 and more: a vector of lanes must not see more groups than it
+/// has lanes.)
+constexpr bool splits_lanes(const Matrix& w) { return w.base3 && w.groups > 1 && w.group >= 32 && w.group % 20 != 0; }
+
 /// Whether `linear_float` has a path without a float copy of the row.
 constexpr bool reads_lanes(const Matrix& w) {
   const int codes = codes_per_lane(w);
-  return codes != 0 && (w.groups <= 1 || w.group % codes == 0);
+  return codes != 0 && (w.groups <= 1 || w.group % codes == 0 || splits_lanes(w));
 }
 
 /// Codes [begin, begin + n) of a row, one a byte; `begin` is a multiple of 32.
@@ -86,8 +91,21 @@ std::int64_t linear_float_scratch(const Linear& job, int threads, Isa isa);
 /// float32 that are unpacked once for all of them.
 void linear_float(const Linear& job, float* scratch, int threads, Isa isa);
 
-/// Whether `linear_int8` can take the matrix: groups of whole words of four codes, integers.
-constexpr bool takes_int8(const Matrix& w) { return w.levels == nullptr && (w.groups <= 1 || w.group % 4 == 0); }
+/// Codes q of evenly spaced levels stand for step (q - middle).
+struct Steps {
+  float step, middle;
+};
+
+inline Steps steps_of(const Matrix& w) {
+  if (w.levels == nullptr) return {1.0f, w.middle};
+  const float step = w.levels[1] - w.levels[0];  // a table of two levels: binary weights
+  return {step, -w.levels[0] / step};
+}
+
+/// Whether `linear_int8` can take the matrix: groups of whole words of four codes, evenly spaced levels.
+constexpr bool takes_int8(const Matrix& w) {
+  return (w.levels == nullptr || w.bits == 1) && (w.groups <= 1 || w.group % 4 == 0);
+}
 
 /// Memory, in bytes, that one call of `linear_int8` needs beside its operands.
 std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa);

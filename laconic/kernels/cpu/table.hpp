@@ -17,6 +17,7 @@ namespace laconic {
 /// Inputs and index tables laid out for the lanes of one instruction set; see weight_only.inl.
 struct Planes {
   float* x;             // (m, chunks, codes per lane, lanes)
+  float* second;        // likewise, where `splits_lanes`; else null
   float* sums;          // (m, groups padded): of x over each group
   std::int32_t* index;  // (chunks, lanes): group of each lane, less the chunk's first
   std::int64_t chunks, x_stride, sums_stride;
@@ -28,6 +29,23 @@ struct Rounded {
   float* scale;         // (m)
   std::int32_t* sums;   // (m, groups): of codes over each group of the weights
   std::int64_t k_padded;
+};
+
+/// The same for few rows, laid out as codes come from the weights; see integer_rows.inl.
+struct RoundedRows {
+  std::int8_t* codes;   // (m, k_padded)
+  std::int8_t* second;  // likewise: codes of x in the group that begins within a lane; null where none does
+  float* scale;         // (m)
+  float* sums;          // (m, sums_stride): of codes over each group of the weights
+  std::int32_t* index;  // (chunks, lanes): group of each lane, less the chunk's first
+  std::int64_t chunks, k_padded, sums_stride;
+};
+
+/// Memory of these, in bytes, and what describes them.
+struct RowsSizes {
+  std::int64_t codes, scale, sums, index, thread, natural;
+  std::int64_t chunks, k_padded, sums_stride;
+  bool split;
 };
 
 /// How attention over a cache is cut into tasks, and how much memory they need; see cache.inl.
@@ -52,6 +70,9 @@ struct Table {
   void (*round_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end, std::int8_t* scratch);
   void (*linear_int8)(const Linear&, const Rounded&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end,
                       std::uint8_t* scratch, Isa isa);
+  RowsSizes (*rows_sizes)(const Linear&);
+  void (*lay_rows)(const Linear&, const RoundedRows&, std::int8_t* natural);
+  void (*linear_int8_rows)(const Linear&, const RoundedRows&, std::int64_t begin, std::int64_t end, std::uint8_t* scratch, Isa isa);
   std::int64_t (*dense_scratch)(const Matrix&);
   void (*linear_dense)(const Linear&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end, float* scratch, Isa isa);
   void (*dense_rows)(const Linear&, std::int64_t begin, std::int64_t end);

@@ -63,6 +63,17 @@ inline void read_zeros(const Matrix& w, std::int64_t row, float* out) {
   }
 }
 
+/// Moves what lies beyond a boundary of groups within a lane to the second part of x.
+inline void part_planes(const Matrix& w, float* first, float* second, std::int64_t size) {
+  constexpr std::int64_t kLane = lane_codes<kBase3>(), kChunk = kLane * Simd::kLanes;
+  for (std::int64_t i = 0; i < size; ++i) second[i] = 0.0f;
+  for (std::int64_t edge = w.group; edge < w.k; edge += w.group)
+    for (std::int64_t i = edge; i < w.k && i % kLane != 0; ++i) {
+      const std::int64_t at = i / kChunk * kChunk + i % kLane * Simd::kLanes + i % kChunk / kLane;
+      second[at] = first[at], first[at] = 0.0f;
+    }
+}
+
 inline void lay_planes(const Linear& job, const Planes& to) {
   using V = Simd;
   const int codes = codes_per_lane(job.w), chunk = codes * V::kLanes;
@@ -85,6 +96,7 @@ inline void lay_planes(const Linear& job, const Planes& to) {
           }
       }
     }
+    if (to.second != nullptr) part_planes(job.w, to.x + m * to.x_stride, to.second + m * to.x_stride, to.x_stride);
     if (job.w.zero_kind != Zero::none) {
       for (std::int64_t g = 0; g < job.w.groups; ++g) {
         const std::int64_t begin = g * group, end = begin + group < k ? begin + group : k;
@@ -103,7 +115,7 @@ inline void lay_planes(const Linear& job, const Planes& to) {
 }
 
 /// R rows of W from row n against M rows of x from row m0: R x M sums that stay in registers.
-template <int Bits, int M, int R, bool Grouped>
+template <int Bits, int M, int R, bool Grouped, bool Split>
 void planes_block(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t n, float* scratch) {
   using V = Simd;
   using F = V::F;
@@ -116,14 +128,18 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
   float* zeros = scratch + R * padded;
   for (int r = 0; r < R; ++r)
     read_floats(w.scale, w.scale_dtype, w.one_scale ? 0 : (n + r) * w.groups, w.groups, scratch + r * padded);
+  if constexpr (Split)  // lanes without a second group still get a scale
+    for (int r = 0; r < R; ++r) V::store(scratch + r * padded + w.groups, V::zero());
   F total[M * R];
   unroll<M * R>([&](auto i) LACONIC_UNROLLED { total[i] = V::zero(); });
   for (std::int64_t c = 0; c < in.chunks; ++c) {
     typename V::I words[R];
-    F part[M * R];
+    F part[M * R], beyond[Split ? M * R : 1];
     unroll<M * R>([&](auto i) LACONIC_UNROLLED { part[i] = V::zero(); });
+    if constexpr (Split) unroll<M * R>([&](auto i) LACONIC_UNROLLED { beyond[i] = V::zero(); });
     unroll<R>([&](auto r) LACONIC_UNROLLED {
       words[r] = load_lanes<Bits>(row + r * row_bytes, c, row_bytes);
+      prefetch(row + (R + r) * row_bytes + c * 4 * V::kLanes);
       if constexpr (Bits == 8) words[r] = V::bit_xor(words[r], flip);
     });
     const float* x = in.x + m0 * in.x_stride + c * kChunk;
@@ -147,6 +163,13 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
             unroll<R>([&](auto r) LACONIC_UNROLLED {
               part[m * R + r] = V::fma(second[r], b, V::fma(first[r], a, part[m * R + r]));
             });
+            if constexpr (Split) {
+              const float* other = at + (in.second - in.x);
+              const F a2 = V::load(other), b2 = V::load(other + 10 * V::kLanes);
+              unroll<R>([&](auto r) LACONIC_UNROLLED {
+                beyond[m * R + r] = V::fma(second[r], b2, V::fma(first[r], a2, beyond[m * R + r]));
+              });
+            }
           });
         });
       });
@@ -167,8 +190,12 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
       const typename V::I index = V::load_words(in.index + c * V::kLanes);
       const float* scales = scratch + c * kChunk / w.group;
       unroll<R>([&](auto r) LACONIC_UNROLLED {
-        const F scale = V::pick(V::load(scales + r * padded), index);
+        const F near = V::load(scales + r * padded), scale = V::pick(near, index);
         unroll<M>([&](auto m) LACONIC_UNROLLED { total[m * R + r] = V::fma(part[m * R + r], scale, total[m * R + r]); });
+        if constexpr (Split) {
+          const F after = V::pick(near, V::add_words(index, V::splat_word(1)));
+          unroll<M>([&](auto m) LACONIC_UNROLLED { total[m * R + r] = V::fma(beyond[m * R + r], after, total[m * R + r]); });
+        }
       });
     } else {
       unroll<M * R>([&](auto i) LACONIC_UNROLLED { total[i] = V::add(total[i], part[i]); });
@@ -198,16 +225,16 @@ void planes_block(const Linear& job, const Planes& in, const float* levels, std:
 // Blocks of several rows pay with wide vectors; with others they would only cost minutes of compiling.
 constexpr bool kSpread = Simd::kLanes >= 8;
 
-template <int Bits, int M, bool Grouped>
+template <int Bits, int M, bool Grouped, bool Split>
 void planes_rows(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t begin,
                  std::int64_t end, float* scratch) {
   constexpr int kRows = kSpread ? 4 : 1;
   std::int64_t n = begin;
-  for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped>(job, in, levels, m0, n, scratch);
-  for (; n < end; ++n) planes_block<Bits, M, 1, Grouped>(job, in, levels, m0, n, scratch);
+  for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped, Split>(job, in, levels, m0, n, scratch);
+  for (; n < end; ++n) planes_block<Bits, M, 1, Grouped, Split>(job, in, levels, m0, n, scratch);
 }
 
-template <int Bits, bool Grouped>
+template <int Bits, bool Grouped, bool Split = false>
 void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
   alignas(64) float levels[16];
   for (int i = 0; i < 16; ++i) {
@@ -215,11 +242,11 @@ void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::
     levels[i] = job.w.levels != nullptr ? job.w.levels[code] : static_cast<float>(code) - job.w.middle;
   }
   std::int64_t m = 0;
-  if constexpr (kSpread) {
-    for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped>(job, in, levels, m, begin, end, scratch);
-    for (; m + 2 <= job.m; m += 2) planes_rows<Bits, 2, Grouped>(job, in, levels, m, begin, end, scratch);
+  if constexpr (kSpread && !Split) {
+    for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped, false>(job, in, levels, m, begin, end, scratch);
+    for (; m + 2 <= job.m; m += 2) planes_rows<Bits, 2, Grouped, false>(job, in, levels, m, begin, end, scratch);
   }
-  for (; m < job.m; ++m) planes_rows<Bits, 1, Grouped>(job, in, levels, m, begin, end, scratch);
+  for (; m < job.m; ++m) planes_rows<Bits, 1, Grouped, Split>(job, in, levels, m, begin, end, scratch);
 }
 
 template <int Bits>
@@ -238,7 +265,10 @@ inline void end_rows(const Linear& job, std::int64_t begin, std::int64_t end) {
 
 inline void linear_planes(const Linear& job, const Planes& in, std::int64_t begin, std::int64_t end, float* scratch) {
   switch (job.w.base3 ? kBase3 : job.w.bits) {
-    case kBase3: planes_bits<kBase3>(job, in, begin, end, scratch); break;
+    case kBase3:
+      if (in.second != nullptr) planes_width<kBase3, true, true>(job, in, begin, end, scratch);
+      else planes_bits<kBase3>(job, in, begin, end, scratch);
+      break;
     case 1: planes_bits<1>(job, in, begin, end, scratch); break;
     case 2: planes_bits<2>(job, in, begin, end, scratch); break;
     case 3: planes_bits<3>(job, in, begin, end, scratch); break;

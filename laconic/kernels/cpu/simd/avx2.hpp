@@ -206,6 +206,11 @@ struct Simd {
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
   }
 
+  static I dot4_small(I acc, I u8, I s8) {  // for u8 < 128: no pair of products overflows 16 bits
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)));
+  }
+  static I add_bytes(I a, I b) { return _mm256_add_epi8(a, b); }
+
   // --- bits ---
   static F floor(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static constexpr bool kCounts = false;

@@ -196,6 +196,9 @@ struct Simd {
   /// acc + sum of 4 products u8 * s8 in each 32-bit lane.
   static I dot4(I acc, I u8, I s8) { return _mm512_dpbusd_epi32(acc, u8, s8); }
 
+  static I dot4_small(I acc, I u8, I s8) { return dot4(acc, u8, s8); }  // for u8 < 128
+  static I add_bytes(I a, I b) { return _mm512_add_epi8(a, b); }
+
   // --- bits ---
   static F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static constexpr bool kCounts = true;  // `count` is cheap

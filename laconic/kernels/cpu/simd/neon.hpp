@@ -173,6 +173,9 @@ struct Simd {
     return vaddq_u32(acc, vreinterpretq_u32_s32(sums));
   }
 
+  static I dot4_small(I acc, I u8, I s8) { return dot4(acc, u8, s8); }  // for u8 < 128
+  static I add_bytes(I a, I b) { return vreinterpretq_u32_u8(vaddq_u8(vreinterpretq_u8_u32(a), vreinterpretq_u8_u32(b))); }
+
   // --- bits ---
   static F floor(F a) { return vrndmq_f32(a); }
   static constexpr bool kCounts = true;

@@ -182,6 +182,13 @@ struct Simd {
     return acc;
   }
 
+  static I dot4_small(I acc, I u8, I s8) { return dot4(acc, u8, s8); }  // for u8 < 128
+  static I add_bytes(I a, I b) {
+    return words(a, b, [](std::uint32_t x, std::uint32_t y) {
+      return ((x & 0x7f7f7f7fu) + (y & 0x7f7f7f7fu)) ^ ((x ^ y) & 0x80808080u);
+    });
+  }
+
   // --- bits ---
   static LACONIC_INLINE F floor(F a) { return each(a, a, [](float x, float) { return std::floor(x); }); }
   static constexpr bool kCounts = false;
