@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 SOURCES := $(wildcard $(addprefix laconic/kernels/cpu/,*.cpp *.hpp *.inl simd/*.hpp targets/*.cpp))
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint docs sanitize wheel clean distclean
+.PHONY: help install demo test lint docs sanitize neon wheel clean distclean
 
 help:
 	@echo "make demo       compress a real network on real data, and report"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint       ruff and mypy alone"
 	@echo "make docs       build the site into site/"
 	@echo "make sanitize   the kernels' tests on a build that stops at every wrong address (GCC or Clang)"
+	@echo "make neon       the NEON kernels against the portable ones, under qemu (or on an ARM machine, see NEON_CXX)"
 	@echo "make install    set up .venv alone"
 	@echo "make wheel      build a wheel and an sdist into dist/"
 	@echo "make clean      remove what was built (the next make installs again, without network)"
@@ -91,6 +92,25 @@ sanitize: .venv/.installed
 	LACONIC_KERNELS="$$(ls $(SANITIZED)/_cpu*.so)" LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest -x -q -p no:xdist tests/kernels tests/nn/test_blocks.py --ignore=tests/kernels/test_native.py
+
+# The kernels of AArch64 on any Linux machine: Debian's g++-aarch64-linux-gnu and qemu-user. No Python, no torch: what
+# they must equal is the portable kernels, which PyTorch holds to the truth. On ARM: make neon NEON_CXX=c++ NEON_RUN=
+NEON := build/neon
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_RUN ?= qemu-aarch64
+NEON_CASES ?= 300
+NEON_FLAGS := -std=c++20 -O1 -ffp-contract=off -Wall -Wextra -Ilaconic/kernels/cpu
+NEON_PARTS := $(filter-out module.cpp bind_%,$(notdir $(wildcard laconic/kernels/cpu/*.cpp))) targets/portable.cpp targets/neon.cpp
+neon: $(NEON)/compare
+	$(NEON_RUN) $< $(NEON_CASES)
+
+$(NEON)/compare: tests/native/compare.cpp $(addprefix $(NEON)/,$(NEON_PARTS:.cpp=.o))
+	$(NEON_CXX) $(NEON_FLAGS) -static $^ -o $@
+
+$(NEON)/%.o: laconic/kernels/cpu/%.cpp $(SOURCES)
+	@command -v $(NEON_CXX) > /dev/null || { echo "make neon needs $(NEON_CXX): a compiler for AArch64, and qemu-user"; exit 1; }
+	@mkdir -p $(@D)
+	$(NEON_CXX) $(NEON_FLAGS) -c $< -o $@
 
 wheel: .venv/.installed
 	rm -rf dist

@@ -9,7 +9,7 @@ namespace laconic::LACONIC_TARGET {
 
 constexpr int kPanel = 2 * Simd::kLanes;
 constexpr bool kWide = Simd::kLanes == 16;  // 32 registers, else 16
-constexpr int kTile = kWide ? 6 : 2;  // rows of x whose sums, twice two vectors each, stay in registers
+constexpr int kTile = kWide && kMostRows > 2 ? 6 : 2;  // rows of x whose sums, twice two vectors each, stay in registers
 
 /// s = 2 max|x| / 255 (1 if all are zero), c = clamp(round(x / s), -128, 127): `Int(8)` a token, symmetric. Returns s;
 /// codes beyond k are zero.

@@ -226,7 +226,7 @@ void rows_block(const Linear& job, const RoundedRows& in, const RowBytes& rows, 
 template <int Width, int M, bool Grouped, bool Split>
 void rows_inputs(const Linear& job, const RoundedRows& in, std::int64_t m, std::int64_t begin, std::int64_t end,
                  std::uint8_t* scratch, Isa isa) {
-  constexpr int kRows = !kSpread ? 1 : M == 1 ? 4 : 2;
+  constexpr int kRows = !kSpread ? 1 : M == 1 ? kMostRows : 2;
   const Matrix& w = job.w;
   const std::int64_t row_bytes = 4 * w.words_per_row;
   const bool unpacks = Width == 8 && (w.bits != 8 || w.base3);
@@ -249,7 +249,7 @@ void rows_inputs(const Linear& job, const RoundedRows& in, std::int64_t m, std::
 template <int Width, bool Grouped, bool Split = false>
 void rows_of_width(const Linear& job, const RoundedRows& in, std::int64_t begin, std::int64_t end, std::uint8_t* scratch, Isa isa) {
   // Ternary weights need four sums where others need one: more rows of x would not fit the registers.
-  constexpr int kMost = !kSpread || Width == kBase3 ? 1 : kWide ? 4 : 2;
+  constexpr int kMost = !kSpread || Width == kBase3 ? 1 : kWide ? kMostRows : 2;
   std::int64_t m = 0;
   if constexpr (kMost > 1)
     for (; m + kMost <= job.m; m += kMost) rows_inputs<Width, kMost, Grouped, Split>(job, in, m, begin, end, scratch, isa);

@@ -160,7 +160,7 @@ void narrow_blocks_few(const SparseLinear& job, std::int64_t m0, std::int64_t b,
 template <Dtype D, int M>
 void sparse_few_of(const SparseLinear& job, std::int64_t m0, std::int64_t begin, std::int64_t end) {
   using V = Simd;
-  constexpr int kRows = V::kLanes >= 16 ? 4 : 2;  // as many sums as registers hold
+  constexpr int kRows = V::kLanes >= 16 ? kMostRows : 2;  // as many sums as registers hold
   const Sparse& w = job.w;
   if (w.starts == nullptr) {
     std::int64_t n = begin;
@@ -195,7 +195,8 @@ inline void sparse_few(const SparseLinear& job, std::int64_t begin, std::int64_t
   with_values(job.w.dtype, [&](auto type) {
     constexpr Dtype D = decltype(type)::kType;
     std::int64_t m = 0;
-    for (; m + 4 <= job.m; m += 4) sparse_few_of<D, 4>(job, m, begin, end);
+    if constexpr (kMostRows == 4)
+      for (; m + 4 <= job.m; m += 4) sparse_few_of<D, 4>(job, m, begin, end);
     for (; m + 2 <= job.m; m += 2) sparse_few_of<D, 2>(job, m, begin, end);
     for (; m < job.m; ++m) sparse_few_of<D, 1>(job, m, begin, end);
   });
@@ -303,7 +304,7 @@ LACONIC_INLINE void blocks_sum(const Sparse& w, const Columns& in, std::int64_t 
 /// Sums of block rows [begin, end) over the blocks that begin before column `to`, and are not added yet.
 template <Dtype D, int T>
 void blocks_many(const SparseLinear& job, const Columns& in, std::int64_t to, std::int64_t begin, std::int64_t end) {
-  constexpr int kRows = Simd::kLanes >= 16 || T < 4 ? 4 : 2;
+  constexpr int kRows = Simd::kLanes >= 16 || T < 4 ? kMostRows : 2;
   const Sparse& w = job.w;
   for (std::int64_t b = begin; b < end; ++b) {
     const std::int64_t first = in.next[b];

@@ -7,13 +7,21 @@
 
 #include "isa.hpp"
 
-#if defined(__GNUC__) || defined(__clang__)
+#if (defined(__GNUC__) || defined(__clang__)) && !defined(LACONIC_SANITIZE)
 #define LACONIC_UNROLLED __attribute__((always_inline))
 #else
 #define LACONIC_UNROLLED
 #endif
 
 namespace laconic {
+
+/// Rows that a block of a product holds at most. Where sanitizers check every access, low blocks with the same
+/// remainders compile in a fraction of the time.
+#if defined(LACONIC_SANITIZE)
+constexpr int kMostRows = 2;
+#else
+constexpr int kMostRows = 4;
+#endif
 
 /// An index that is part of the type.
 template <int I>

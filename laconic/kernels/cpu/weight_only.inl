@@ -228,7 +228,7 @@ constexpr bool kSpread = Simd::kLanes >= 8;
 template <int Bits, int M, bool Grouped, bool Split>
 void planes_rows(const Linear& job, const Planes& in, const float* levels, std::int64_t m0, std::int64_t begin,
                  std::int64_t end, float* scratch) {
-  constexpr int kRows = kSpread ? 4 : 1;
+  constexpr int kRows = kSpread ? kMostRows : 1;
   std::int64_t n = begin;
   for (; n + kRows <= end; n += kRows) planes_block<Bits, M, kRows, Grouped, Split>(job, in, levels, m0, n, scratch);
   for (; n < end; ++n) planes_block<Bits, M, 1, Grouped, Split>(job, in, levels, m0, n, scratch);
@@ -243,7 +243,8 @@ void planes_width(const Linear& job, const Planes& in, std::int64_t begin, std::
   }
   std::int64_t m = 0;
   if constexpr (kSpread && !Split) {
-    for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped, false>(job, in, levels, m, begin, end, scratch);
+    if constexpr (kMostRows == 4)
+      for (; m + 4 <= job.m; m += 4) planes_rows<Bits, 4, Grouped, false>(job, in, levels, m, begin, end, scratch);
     for (; m + 2 <= job.m; m += 2) planes_rows<Bits, 2, Grouped, false>(job, in, levels, m, begin, end, scratch);
   }
   for (; m < job.m; ++m) planes_rows<Bits, 1, Grouped, Split>(job, in, levels, m, begin, end, scratch);
