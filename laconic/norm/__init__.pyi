@@ -7,6 +7,7 @@ from ._calibration import Reliability as Reliability
 from ._calibration import ece as ece
 from ._calibration import mce as mce
 from ._calibration import reliability as reliability
+from ._channels import real_tokens as real_tokens
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
@@ -15,6 +16,13 @@ from ._fold_batchnorm import foldable as foldable
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
+from ._prepbn import AdvanceNorms as AdvanceNorms
+from ._prepbn import ProgressiveNorm as ProgressiveNorm
+from ._prepbn import RepBN as RepBN
+from ._prepbn import advance as advance
+from ._prepbn import fading as fading
+from ._prepbn import model_is_pure as model_is_pure
+from ._prepbn import to_prepbn as to_prepbn
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
 from ._stain import Collapse as Collapse
