@@ -16,6 +16,9 @@ from ._fold_batchnorm import foldable as foldable
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
+from ._powernorm import LayerScale as LayerScale
+from ._powernorm import PowerNorm as PowerNorm
+from ._powernorm import layer_scale as layer_scale
 from ._prepbn import AdvanceNorms as AdvanceNorms
 from ._prepbn import ProgressiveNorm as ProgressiveNorm
 from ._prepbn import RepBN as RepBN
@@ -32,3 +35,4 @@ from ._stain import Stained as Stained
 from ._stain import from_lab as from_lab
 from ._stain import group_collapse as group_collapse
 from ._stain import to_lab as to_lab
+from ._unified_norm import UnifiedNorm as UnifiedNorm
