@@ -11,7 +11,8 @@ A norm follows the contract by a method
     def as_affine(self) -> Affine | None
 
 which returns scale and shift per channel, None where the norm stays a function of its input, and raises `ValueError`
-where it is not affine yet (a schedule is still running, the norm is in training mode), saying when it will be.
+where it is not affine yet (a schedule is still running, the norm is in training mode), saying when it will be. One
+that is a function of its input followed by scale and shift, as LayerNorm, may have `split_affine() -> (module, Affine)`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Affine", "affine_of", "after_layer", "as_affine", "before_layer", "rounding_bound"]
+__all__ = [
+    "Affine", "affine_of", "after_layer", "as_affine", "before_layer", "channel_axis", "rounding_bound", "split_affine",
+]  # fmt: skip
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -75,6 +78,45 @@ def as_affine(module: nn.Module) -> Affine | None:
             raise ValueError("the batch norm is in training mode: call model.eval() first")
         return affine_of(module.running_var, module.eps, module.running_mean, module.weight, module.bias)
     return None
+
+
+def split_affine(module: nn.Module) -> tuple[nn.Module, Affine] | None:
+    """A module as another one and an affine map after it: `nn.Identity` and `as_affine`, or a norm without its gain.
+
+    Returns:
+        The two, new modules; None where there is no scale to be had.
+
+    Raises:
+        ValueError: as `as_affine`.
+    """
+    own = getattr(module, "split_affine", None)
+    if own is not None:
+        rest, found = own()
+        return rest, Affine(*(part.detach().double() for part in found))
+    whole = as_affine(module)
+    if whole is not None:
+        return nn.Identity().train(module.training), whole
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or type(module) not in (nn.LayerNorm, nn.RMSNorm):
+        return None
+    if len(module.normalized_shape) != 1 or module.weight is None:
+        return None
+    scale, bias = module.weight.detach().double(), getattr(module, "bias", None)
+    bare: nn.Module = (
+        nn.LayerNorm(module.normalized_shape, module.eps, elementwise_affine=False)
+        if isinstance(module, nn.LayerNorm)
+        else nn.RMSNorm(module.normalized_shape, module.eps, elementwise_affine=False)
+    )
+    shift = torch.zeros_like(scale) if bias is None else bias.detach().double()
+    return bare.train(module.training), Affine(scale, shift)
+
+
+def channel_axis(module: nn.Module) -> int | None:
+    """The axis of the channels that a module may scale and shift, None for one that is no such module."""
+    if hasattr(module, "as_affine") or hasattr(module, "split_affine"):
+        return int(getattr(module, "channel_dim", -1))
+    if type(module) in BATCH_NORMS:
+        return 1
+    return -1 if type(module) in (nn.LayerNorm, nn.RMSNorm) else None
 
 
 def before_layer(affine: Affine, weight: Tensor, bias: Tensor | None, groups: int = 1) -> tuple[Tensor, Tensor]:

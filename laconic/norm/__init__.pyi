@@ -8,6 +8,9 @@ from ._calibration import ece as ece
 from ._calibration import mce as mce
 from ._calibration import reliability as reliability
 from ._channels import real_tokens as real_tokens
+from ._fold_affine import FoldAffine as FoldAffine
+from ._fold_affine import Folded as Folded
+from ._fold_affine import fold as fold
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm

@@ -190,6 +190,11 @@ class ProgressiveNorm(nn.Module):
         self._last_mix: float | None = None
 
     @property
+    def channel_dim(self) -> int:
+        """The axis of the new norm's channels."""
+        return int(getattr(self.new, "channel_dim", -1))
+
+    @property
     def mix(self) -> float | None:
         """lam of the present step; None while warming up."""
         if self.warmup_left > 0:
@@ -229,7 +234,8 @@ class ProgressiveNorm(nn.Module):
         Raises:
             ValueError: the old one is still part of what is trained.
         """
-        if self.remaining:
+        # On meta there are no counts to read: what can be planned there is what can be once the schedule is over.
+        if not self.left.is_meta and self.remaining:
             raise ValueError(
                 f"the old norm is still fading: {self.remaining} optimizer steps are left "
                 f"({int(self.warmup_left)} of warm-up); fold after them"
@@ -237,7 +243,8 @@ class ProgressiveNorm(nn.Module):
         return self.new.as_affine() if hasattr(self.new, "as_affine") else None
 
     def extra_repr(self) -> str:
-        return f"remaining={self.remaining}, start={self.start}" + ", per_call=True" * self.per_call
+        remaining = "?" if self.left.is_meta else self.remaining
+        return f"remaining={remaining}, start={self.start}" + ", per_call=True" * self.per_call
 
 
 def to_prepbn(
