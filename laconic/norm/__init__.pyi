@@ -1,4 +1,7 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._bcn import BatchChannelNorm as BatchChannelNorm
+from ._bcn import EstimatedBatchNorm as EstimatedBatchNorm
+from ._bcn import set_rate as set_rate
 from ._binning import BBQ as BBQ
 from ._binning import HistogramBinning as HistogramBinning
 from ._binning import IsotonicCalibration as IsotonicCalibration
@@ -16,6 +19,14 @@ from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
 from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
+from ._ghost_bn import GhostBatchNorm1d as GhostBatchNorm1d
+from ._ghost_bn import GhostBatchNorm2d as GhostBatchNorm2d
+from ._ghost_bn import MultiplicativeGradNoise as MultiplicativeGradNoise
+from ._ghost_bn import Regime as Regime
+from ._ghost_bn import WeightDistance as WeightDistance
+from ._ghost_bn import ghost_moments as ghost_moments
+from ._ghost_bn import ghost_sizes as ghost_sizes
+from ._ghost_bn import large_batch_regime as large_batch_regime
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
