@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.affine import split_affine
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
 from laconic.nn.blocks import fuse_block
 
 PACK = "pack"
 FOLD = "fold_batchnorm"
+FOLD_AFFINE = "fold_affine"
 FUSE = "fuse"
 REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
-ACTIONS = (PACK, FOLD, FUSE, REWRITE)
+ACTIONS = (PACK, FOLD, FOLD_AFFINE, FUSE, REWRITE)
 
 
 @dataclass
@@ -29,11 +31,12 @@ class Record:
     """One change of a model.
 
     Attributes:
-        action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it), "fuse" (a
-            transformer block runs as compiled code) or "rewrite" (a pass named in `data["pass"]` changed values only).
-        path: of the parameter, of the layer that took the norm in, of the block, or of what was rewritten.
-        data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold; `method`, `loss` and whatever the pass
-            wants to say.
+        action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it),
+            "fold_affine" (a norm went into the layers around it), "fuse" (a transformer block runs as compiled code) or
+            "rewrite" (a pass named in `data["pass"]` changed values only).
+        path: of the parameter, of the layer that took the norm in, of the norm, of the block, or of what was rewritten.
+        data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold, `layers` and `becomes` of a norm that
+            is folded; `method`, `loss` and whatever the pass wants to say.
         tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
     """
 
@@ -81,6 +84,8 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
         try:
             if record.action == FOLD:
                 apply_fold(model, record)
+            elif record.action == FOLD_AFFINE:
+                apply_fold_affine(model, record)
             elif record.action == PACK:
                 _apply_pack(model, record)
             elif record.action == FUSE:
@@ -108,6 +113,34 @@ def apply_fold(model: nn.Module, record: Record) -> None:
         for name, value in record.tensors.items():
             getattr(layer, name).copy_(value)
     model.set_submodule(norm, nn.Identity().train(model.get_submodule(norm).training))
+
+
+def apply_fold_affine(model: nn.Module, record: Record) -> None:
+    """What folding a norm leaves: the layers have biases, one whose weight was tied its own, the norm is gone or bare.
+
+    `data["layers"]` are {"path", "outputs", "own"}; tensors are named "<number>.weight" and "<number>.bias".
+    """
+    for number, said in enumerate(record.data["layers"]):
+        layer: Any = model.get_submodule(said["path"])
+        if said["own"]:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+        if layer.bias is None:
+            like = layer.weight
+            layer.bias = nn.Parameter(
+                torch.empty(said["outputs"], dtype=like.dtype, device=like.device), requires_grad=like.requires_grad
+            )
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                if f"{number}.{name}" in record.tensors:
+                    getattr(layer, name).copy_(record.tensors[f"{number}.{name}"])
+    norm = model.get_submodule(record.path)
+    rest: nn.Module = nn.Identity().train(norm.training)
+    if record.data["becomes"] == "bare":
+        split = split_affine(norm)
+        if split is None:
+            raise ValueError(f"a {type(norm).__name__} has no gain to fold")
+        rest = split[0]
+    model.set_submodule(record.path, rest)
 
 
 def _apply_pack(model: nn.Module, record: Record) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from laconic.errors import BadInput
 
+from ._affines import Around, affines_of
 from ._batchnorms import batchnorm_pairs
 from ._chains import chains_of
 from ._export import by_export
@@ -31,8 +32,9 @@ from ._trace import Names, Step, Trace, module_of
 from ._tracing import Example, shadow_of, tensors_in
 from ._uses import Use, reads_of
 from ._watch import by_hooks, by_hooks_for_real
+from .affine import channel_axis
 
-__all__ = ["BufferInfo", "Example", "ParameterInfo", "Readers", "Step", "Structure", "Trace", "Use"]
+__all__ = ["Around", "BufferInfo", "Example", "ParameterInfo", "Readers", "Step", "Structure", "Trace", "Use"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Structure:
         batchnorm_pairs: (conv or linear, batch norm) paths where the batch norm is the only reader of the
             other's output, scales its output channels, and both run once, so that the one can be folded into the
             other.
+        around: for every module that may be affine per channel (`laconic.core.affine`), what lies around it; where one
+            is inside another, for the outer one.
         chains: for every outermost `ModuleList` (or `Sequential` of one class) whose members feed one
             another, the members in call order.
         blocks: the chain that holds the most parameters; () if there is none.
@@ -96,6 +100,7 @@ class Structure:
     ops: dict[str, tuple[str, ...]]
     norms: dict[str, Readers]
     batchnorm_pairs: list[tuple[str, str]]
+    around: dict[str, Around]
     chains: tuple[tuple[str, ...], ...]
     blocks: tuple[str, ...]
     how: str
@@ -223,6 +228,7 @@ def _read(trace: Trace, model: nn.Module, names: Names) -> Structure:
         ops=_ops(trace),
         norms=norms_of(trace, reads, names),
         batchnorm_pairs=batchnorm_pairs(trace, reads, names),
+        around=affines_of(trace, reads, names, _channel_axes(model, names)),
         chains=chains,
         blocks=max(chains, key=lambda chain: (sizes[chain], len(chain)), default=()),
         how=trace.how,
@@ -271,6 +277,16 @@ def _ops(trace: Trace) -> dict[str, tuple[str, ...]]:
         if first.setdefault(step.module, step.call) == step.call:
             found[step.module].append(step.op)
     return {path: tuple(ops) for path, ops in found.items()}
+
+
+def _channel_axes(model: nn.Module, names: Names) -> dict[str, int]:
+    """Path of a module that may be affine -> the axis of its channels."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        axis = channel_axis(module)
+        if axis is not None and path and not any(path.startswith(f"{outer}.") for outer in found):
+            found[names.modules[path]] = axis
+    return found
 
 
 def _size(model: nn.Module, paths: tuple[str, ...]) -> int:
