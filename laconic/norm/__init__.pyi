@@ -12,9 +12,15 @@ from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
 from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
+from ._lns import fold_lns as fold_lns
+from ._lns import lns as lns
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
+from ._mix_ln import mix_ln as mix_ln
+from ._mix_ln import place as place
+from ._peri_ln import peri_ln as peri_ln
+from ._peri_ln import stream_variances as stream_variances
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
 from ._stain import Collapse as Collapse
