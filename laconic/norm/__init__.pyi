@@ -21,6 +21,16 @@ from ._mix_ln import mix_ln as mix_ln
 from ._mix_ln import place as place
 from ._peri_ln import peri_ln as peri_ln
 from ._peri_ln import stream_variances as stream_variances
+from ._pre_rmsnorm import Converted as Converted
+from ._pre_rmsnorm import CRMSNorm as CRMSNorm
+from ._pre_rmsnorm import PreRMSNorm as PreRMSNorm
+from ._pre_rmsnorm import ZeroMeanOutput as ZeroMeanOutput
+from ._pre_rmsnorm import crms_norm as crms_norm
+from ._pre_rmsnorm import fold_gains as fold_gains
+from ._pre_rmsnorm import to_pre_crmsnorm as to_pre_crmsnorm
+from ._pre_rmsnorm import to_pre_rmsnorm as to_pre_rmsnorm
+from ._pre_rmsnorm import untie as untie
+from ._pre_rmsnorm import zero_mean as zero_mean
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
 from ._stain import Collapse as Collapse

@@ -41,7 +41,7 @@ METHOD = "laconic"
 # What is hashed, as it is a function of model, data and seed; reports and timings stand outside.
 HASHED = (SINGLE, CONFIG, RECIPE, READER, *EXTRAS, "*.py")
 # What `apply_records` needs of a record; losses, methods and timings stay in laconic.json.
-STRUCTURAL = ("action", "path", "spec", "aliases", "norm")
+STRUCTURAL = ("action", "path", "spec", "aliases", "norm", "norms", "shapes", "untie", "untied")
 
 
 @dataclass(frozen=True)
