@@ -12,6 +12,11 @@ from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
 from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
+from ._ln_removal import FakeLayerNorm as FakeLayerNorm
+from ._ln_removal import LayerNormRemover as LayerNormRemover
+from ._ln_removal import RemovalSchedule as RemovalSchedule
+from ._ln_removal import deviation as deviation
+from ._ln_removal import std_loss as std_loss
 from ._lns import fold_lns as fold_lns
 from ._lns import lns as lns
 from ._logit_scaling import MatrixScaling as MatrixScaling
