@@ -284,7 +284,8 @@ def _place_layer(layer: Any, anatomy: _Anatomy, place: Placement) -> tuple[list[
     fresh: list[str] = []
     removed: list[str] = []
     norms = _norms_of(layer, anatomy)
-    layer.__class__ = _placed_class(type(layer))
+    cls: Any = type(layer)
+    layer.__class__ = _placed_class(cls)
     layer.placement = place
     for number, (name, norm) in enumerate(zip(anatomy.norms, norms, strict=True), 1):
         wanted = place.norm_in + place.norm_out + place.norm_after_add
