@@ -7,11 +7,15 @@ from ._calibration import Reliability as Reliability
 from ._calibration import ece as ece
 from ._calibration import mce as mce
 from ._calibration import reliability as reliability
+from ._evonorm import EvoNorm2d as EvoNorm2d
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
 from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
+from ._layernorm import LayerNorm as LayerNorm
+from ._layernorm import LayerNormGRU as LayerNormGRU
+from ._layernorm import LayerNormLSTM as LayerNormLSTM
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
