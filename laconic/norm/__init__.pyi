@@ -15,6 +15,10 @@ from ._fold_batchnorm import fold_shapes as fold_shapes
 from ._fold_batchnorm import foldable as foldable
 from ._ibn import IBN as IBN
 from ._ibn import to_ibn as to_ibn
+from ._l1_norm import L1BatchNorm1d as L1BatchNorm1d
+from ._l1_norm import L1BatchNorm2d as L1BatchNorm2d
+from ._l1_norm import L1LayerNorm as L1LayerNorm
+from ._l1_norm import l1_normalize as l1_normalize
 from ._layernorm import LayerNorm as LayerNorm
 from ._layernorm import LayerNormGRU as LayerNormGRU
 from ._layernorm import LayerNormLSTM as LayerNormLSTM
@@ -27,6 +31,11 @@ from ._region_norm import both_regions as both_regions
 from ._region_norm import region_normalize as region_normalize
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
+from ._snn import AlphaDropout as AlphaDropout
+from ._snn import SELU as SELU
+from ._snn import alpha_dropout as alpha_dropout
+from ._snn import lecun_normal_ as lecun_normal_
+from ._snn import to_self_normalizing as to_self_normalizing
 from ._stain import Collapse as Collapse
 from ._stain import MacenkoNormalizer as MacenkoNormalizer
 from ._stain import ReinhardNormalizer as ReinhardNormalizer
