@@ -180,6 +180,29 @@ def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
 
 
 @command(
+    "model", "to", "out", "data", "task", "columns", "steps", "lr", "batch", "seq", "seed", "overwrite", "json_", "quiet",
+    "trust_remote_code", "allow_pickle",
+    to=(str, typer.Option(help="rmsnorm, crmsnorm, repbn or none"), REQUIRED),
+    out=(str, typer.Option(help="folder of the artifact"), REQUIRED),
+    steps=(int, typer.Option(min=1, help="of the optimizer, where the model must be trained on"), 200),
+    lr=(float, typer.Option(help="its learning rate"), 1e-4),
+    overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
+)  # fmt: skip
+def normalize(*, json_: bool, quiet: bool, **given: Any) -> None:
+    """Exchange the norms of a trained model: exactly where that is possible, else trained on for a few steps."""
+    from laconic.pipeline.normalize import normalize as run
+    from laconic.report import normalize_table
+
+    given["columns"] = _columns(given["columns"])
+    with _progress(quiet or json_) as progress:
+        found = run(**given, progress=progress)
+    if json_:
+        print(json.dumps(found, default=str))
+    else:
+        Console().print(normalize_table(found))
+
+
+@command(
     "model", "inputs", "file", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "chat", "stream", "out",
     "columns", "batch", "seq", "into", "device", "threads", "json_", "quiet", "trust_remote_code", "allow_pickle",
     model=(str, typer.Argument(help="an artifact, or any model that compress takes"), REQUIRED),

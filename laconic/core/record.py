@@ -17,11 +17,14 @@ from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
 from laconic.nn.blocks import fuse_block
 
+from ._renormed import renorm
+
 PACK = "pack"
 FOLD = "fold_batchnorm"
 FUSE = "fuse"
 REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
-ACTIONS = (PACK, FOLD, FUSE, REWRITE)
+RENORM = "renorm"
+ACTIONS = (PACK, FOLD, FUSE, REWRITE, RENORM)
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Record:
 
     Attributes:
         action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it), "fuse" (a
-            transformer block runs as compiled code) or "rewrite" (a pass named in `data["pass"]` changed values only).
+            transformer block runs as compiled code), "rewrite" (a pass named in `data["pass"]` changed values only) or
+            "renorm" (norms were taken apart into the layers around them, `laconic.core.renorm`).
         path: of the parameter, of the layer that took the norm in, of the block, or of what was rewritten.
         data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold; `method`, `loss` and whatever the pass
             wants to say.
@@ -85,6 +89,8 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
                 _apply_pack(model, record)
             elif record.action == FUSE:
                 fuse_block(model.get_submodule(record.path))
+            elif record.action == RENORM:
+                renorm(model, record.data, record.tensors)
         except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
         changed.append(record.path)

@@ -27,12 +27,15 @@ from ._batchnorms import batchnorm_pairs
 from ._chains import chains_of
 from ._export import by_export
 from ._norms import Readers, norms_of
+from ._streams import Stream, Writer, streams_of
 from ._trace import Names, Step, Trace, module_of
 from ._tracing import Example, shadow_of, tensors_in
 from ._uses import Use, reads_of
 from ._watch import by_hooks, by_hooks_for_real
 
-__all__ = ["BufferInfo", "Example", "ParameterInfo", "Readers", "Step", "Structure", "Trace", "Use"]
+__all__ = [
+    "BufferInfo", "Example", "ParameterInfo", "Readers", "Step", "Stream", "Structure", "Trace", "Use", "Writer",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Structure:
         how: "export" or "hooks".
         why: why hooks were used, "" otherwise.
         notes: what could not be found out, in sentences.
+        streams: the residual streams that layer norms read.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -101,6 +105,7 @@ class Structure:
     how: str
     why: str
     notes: list[str] = field(default_factory=list)
+    streams: tuple[Stream, ...] = ()
 
     @classmethod
     def build(cls, model: nn.Module, example: Example, *, how: str | None = None) -> Structure:
@@ -228,6 +233,7 @@ def _read(trace: Trace, model: nn.Module, names: Names) -> Structure:
         how=trace.how,
         why=trace.why,
         notes=_notes(trace, parameters, calls, names),
+        streams=streams_of(trace),
     )
 
 

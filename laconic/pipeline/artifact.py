@@ -41,7 +41,7 @@ METHOD = "laconic"
 # What is hashed, as it is a function of model, data and seed; reports and timings stand outside.
 HASHED = (SINGLE, CONFIG, RECIPE, READER, *EXTRAS, "*.py")
 # What `apply_records` needs of a record; losses, methods and timings stay in laconic.json.
-STRUCTURAL = ("action", "path", "spec", "aliases", "norm")
+STRUCTURAL = ("action", "path", "spec", "aliases", "norm", "norms", "shapes", "untie", "untied")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def write_artifact_files(
         config = read_json(target / CONFIG)
         # Without it, transformers would take the type of the first scale that it meets.
         config["dtype"] = config.get("dtype") or dtype
+        if any(record.data.get("untie") for record in records):
+            config["tie_word_embeddings"] = False  # else transformers would tie them again
         config["quantization_config"] = quantization_config(model, records)
         _write_json(target / CONFIG, config)
     if recipe_text is not None:

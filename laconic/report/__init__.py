@@ -5,6 +5,7 @@ from __future__ import annotations
 from .answers import labels_table, similarity_table, speed_line
 from .html import render_report, write_report
 from .jsonline import json_line
+from .normalize import normalize_table
 from .plan import plan_table
 from .record import clean
 from .terminal import comparison_table, summary_table
@@ -16,6 +17,7 @@ __all__ = [
     "inspect_tree",
     "json_line",
     "labels_table",
+    "normalize_table",
     "plan_table",
     "render_report",
     "similarity_table",

@@ -39,9 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.card import Card
+from laconic.core.placement import Placement, Residual, Scheme, placements
 from laconic.errors import BadInput
-
-from ._residual import Placement, Residual, Scheme, placements
 
 # Of the normal distribution that weights are drawn from; as in GPT-2, and in Llama's published configs.
 DEVIATION = 0.02
@@ -191,6 +190,9 @@ class LlamaLM(nn.Module):
         for layer, place in zip(self.layers, places, strict=True):
             for linear in layer.carriers():
                 linear.weight.data.mul_(place.init_gain)
+            if place.zero_last:
+                nn.init.zeros_(layer.attention.branch.o.weight)
+                nn.init.zeros_(layer.perceptron.branch.down.weight)
         if config.tied:
             self.head.weight = self.embedding.weight
 

@@ -41,9 +41,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.card import Card
+from laconic.core.placement import Placement, Residual, Scheme, placements
 from laconic.errors import BadInput
-
-from ._residual import Placement, Residual, Scheme, placements
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class ResNetCifar(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for block, place in zip(self.blocks, places, strict=True):
-            block.branch[-1].weight.data.mul_(place.init_gain)
+            block.branch[-1].weight.data.mul_(0.0 if place.zero_last else place.init_gain)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from laconic.core.placement import mix, placements
 from laconic.errors import BadInput
 from laconic.zoo import SCHEMES, Placement, Residual
-from laconic.zoo._residual import mix, placements
 
 BLOCK, BLOCKS, WIDTH = 3, 8, 6
 
@@ -34,6 +34,8 @@ EQUATIONS = {
     "lns": lambda r, x: x + r.branch(r.norm_in(x) / math.sqrt(BLOCK)),
     "deepnorm": lambda r, x: r.norm_after_add((2 * BLOCKS) ** 0.25 * x + r.branch(x)),
     "skipinit": lambda r, x: x + r.scale * r.branch(x),
+    "fixup": lambda r, x: x + r.scale * r.branch(x),
+    "depth": lambda r, x: x + r.branch(r.norm_in(x)) / math.sqrt(BLOCKS),
 }
 
 
@@ -79,8 +81,20 @@ def test_a_scheme_of_ones_own() -> None:
     assert "branch_scale=0.5" in repr(block)
 
 
+def test_a_fresh_fixup_model_passes_its_input_through() -> None:
+    from laconic.zoo import LlamaLM, LlamaLMConfig
+
+    model = LlamaLM(LlamaLMConfig(23, 16, 4, placement="fixup"))
+    x = torch.randn(1, 5, 16)
+    cos, sin = torch.ones(5, 2), torch.zeros(5, 2)
+    assert torch.equal(model.layers[0](x, cos, sin), x)
+    assert model.layers[0].perceptron.branch.gate.weight.std() < 0.02
+
+
 def test_what_is_no_scheme() -> None:
     with pytest.raises(BadInput, match="no placement 'before'; there are pre, post"):
         placements("before", 3)
     with pytest.raises(BadInput, match="at least one block, not 0"):
         placements("pre", 0)
+    with pytest.raises(BadInput, match=r"a share of 1.5 of the blocks cannot be"):
+        mix(1.5)
