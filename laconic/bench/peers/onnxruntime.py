@@ -50,7 +50,8 @@ def matmul_nbits(problem: Product) -> Ready:
     turns = problem.turns(nbytes)
     nodes, initial, outputs = [], [], []
     for turn in range(turns):
-        initial += [numpy_helper.from_array(packed, f"w{turn}"), numpy_helper.from_array(scales, f"s{turn}")]
+        # Other rows first in every copy: equal constants, and equal products, would be made one.
+        initial += [numpy_helper.from_array(np.roll(a, turn, 0), f"{name}{turn}") for name, a in (("w", packed), ("s", scales))]
         nodes.append(
             helper.make_node(
                 "MatMulNBits", ["x", f"w{turn}", f"s{turn}"], [f"y{turn}"], domain="com.microsoft",
@@ -101,7 +102,7 @@ def dynamic(problem: Product) -> Ready:
     turns = problem.turns(nbytes)
     weight = np.ascontiguousarray(problem.weight.numpy().T)
     nodes = [helper.make_node("MatMul", ["x", f"w{turn}"], [f"y{turn}"]) for turn in range(turns)]
-    initial = [numpy_helper.from_array(weight, f"w{turn}") for turn in range(turns)]
+    initial = [numpy_helper.from_array(np.roll(weight, turn, 1), f"w{turn}") for turn in range(turns)]
     shape = [problem.rows, problem.outputs]
     outputs = [helper.make_tensor_value_info(f"y{turn}", TensorProto.FLOAT, shape) for turn in range(turns)]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [problem.rows, problem.inputs])

@@ -44,8 +44,10 @@ def compressed(problem: Product) -> Ready:
     turns = problem.turns(nbytes)
     x = ops.parameter([problem.rows, problem.inputs], np.float32, name="x")
     outputs = []
-    for _ in range(turns):
-        weight = ops.multiply(ops.convert(_constant(codes, bits), np.float16), ops.constant(scale.astype(np.float16)))
+    for turn in range(turns):
+        # Other rows first in every copy: equal constants, and equal products, would be made one.
+        q, s = np.roll(codes, turn, 0), np.roll(scale, turn, 0).astype(np.float16)
+        weight = ops.multiply(ops.convert(_constant(q, bits), np.float16), ops.constant(s))
         matrix = ops.reshape(weight, ops.constant(np.array([problem.outputs, problem.inputs])), special_zero=False)
         outputs.append(ops.result(ops.matmul(x, ops.convert(matrix, np.float32), False, True)))
     compiled = _compile(openvino.Model(outputs, [x], "product"), problem.threads)
