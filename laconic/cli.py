@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from laconic._bars import bars
 from laconic.bench import commands as bench_commands
 from laconic.catalog import commands as catalog_commands
 from laconic.claims import commands as claims_commands
@@ -115,7 +116,7 @@ def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
     from laconic.pipeline.compress import compress as run
     from laconic.report import json_line, summary_table
 
-    with _stoppable(given["out"]), _progress(quiet or json_) as progress:
+    with _stoppable(given["out"]), bars(quiet or json_) as progress:
         result = run(**_job(given), progress=progress)
     if json_:
         print(json_line(result.record))
@@ -171,7 +172,7 @@ def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
     from laconic.report import comparison_table, json_line
 
     given["columns"] = _columns(given["columns"])
-    with _progress(quiet or json_) as progress:
+    with bars(quiet or json_) as progress:
         found = run(**given, progress=progress)
     if json_:
         print(json_line(found))
@@ -194,7 +195,7 @@ def normalize(*, json_: bool, quiet: bool, **given: Any) -> None:
     from laconic.report import normalize_table
 
     given["columns"] = _columns(given["columns"])
-    with _progress(quiet or json_) as progress:
+    with bars(quiet or json_) as progress:
         found = run(**given, progress=progress)
     if json_:
         print(json.dumps(found, default=str))
@@ -238,7 +239,7 @@ def run(
     words = inputs or []
     verb = words[0] if words and words[0] in VERBS else None
     say = None if quiet or json_ else _to_stderr
-    with _progress(quiet or json_ or verb in (None, "generate") or not sys.stderr.isatty()) as progress:
+    with bars(quiet or json_ or verb in (None, "generate") or not sys.stderr.isatty()) as progress:
         found = answer(
             model, words if verb is None else words[1:], verb=verb, chat=chat or None, columns=_columns(columns), say=say,
             on_text=_print_now if stream and not json_ else None, progress=progress, **given,
@@ -328,39 +329,6 @@ def _stoppable(out: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"laconic: stopped; what is solved is kept in {out}.partial: run again with --resume", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
-    """A rich progress display on stderr, one bar a stage, with the time left."""
-    if silent:
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        bars: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = display.add_task(stage, total=total)
-            display.update(bars[stage], completed=done, total=total)
-
-        yield show
 
 
 catalog_commands.register(app)

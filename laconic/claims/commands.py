@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from laconic._bars import bars
 from laconic.errors import BadInput, LaconicError
 
 __all__ = ["register", "reproduce"]
@@ -40,7 +39,7 @@ def reproduce(
 
     ids = [id] if id is not None else [method.id for method in claimed(family)]
     outcomes, failures = [], []
-    with _progress(quiet or json_) as progress:
+    with bars(quiet or json_) as progress:
         for one in ids:
             try:
                 options: dict[str, Any] = {"seeds": seeds, "quick": quick, "minutes": minutes, "threads": threads}
@@ -80,39 +79,6 @@ def _table(id: str | None, family: str | None, json_: bool) -> None:
         print(json.dumps(rows))
     else:
         Console().print(verdict_table(found))
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
-    """One bar for each claim on standard error, with the time left."""
-    if silent:
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        bars: dict[str, Any] = {}
-
-        def show(id: str, done: int, total: int) -> None:
-            if id not in bars:
-                bars[id] = display.add_task(id, total=total)
-            display.update(bars[id], completed=done, total=total)
-
-        yield show
 
 
 def register(app: typer.Typer) -> None:

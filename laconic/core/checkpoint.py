@@ -233,4 +233,4 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written: {error.strerror}; make room and run again with resume") from error
+        raise BadInput(f"{path} cannot be written: {error.strerror}; make room and run again with --resume") from error

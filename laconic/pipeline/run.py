@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core import passes
+from laconic.core.checkpoint import write_whole
 from laconic.core.record import FOLD, PACK, Record
 from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
@@ -49,7 +50,7 @@ from .tensorfile import TensorWriter, tensor_digest
 from .timed import find_timed, packed_records, set_inputs, ways_of
 from .timing import LayerTimes, blank_model, fuse_records, rows_seen
 from .tryout import Choice, fit, grown, try_plans
-from .workspace import Workspace, digest, write_whole
+from .workspace import Workspace, digest
 
 CALIBRATION_TOKENS = 16384  # positions that calibration sees; more helps little and costs time in proportion
 SENSITIVITY_TOKENS = 4096

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from laconic.core.checkpoint import write_whole
 from laconic.errors import BadInput
 
 from . import interrupt
@@ -127,20 +128,6 @@ class Workspace:
         else:
             self.partial.rename(self.out)
         return self.out
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"{path} cannot be written: {error.strerror}; make room and run again with --resume") from error
 
 
 def failpoint(name: str) -> None:
