@@ -77,16 +77,7 @@ def ghost_moments(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 class _GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of x (B, C, ...) by ghosts.
-
-    Args:
-        num_features: channels C.
-        ghost_size: m, the examples that are normalized together, at most (one more where one would be left over).
-        eps, momentum, affine, device, dtype: as of torch's batch norm.
-
-    Raises:
-        ValueError: `ghost_size` is below 2.
-    """
+    """Batch norm of x (B, C, ...) by ghosts: what both layers have."""
 
     channel_dim = 1
 
@@ -155,7 +146,7 @@ class _GhostBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class GhostBatchNorm1d(_GhostBatchNorm):
-    __doc__ = (_GhostBatchNorm.__doc__ or "").replace("x (B, C, ...)", "x (B, C) or (B, C, L)")
+    """Batch norm of x (B, C) or (B, C, L) by ghosts; arguments as those of `GhostBatchNorm2d`."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim not in (2, 3):
@@ -163,7 +154,16 @@ class GhostBatchNorm1d(_GhostBatchNorm):
 
 
 class GhostBatchNorm2d(_GhostBatchNorm):
-    __doc__ = (_GhostBatchNorm.__doc__ or "").replace("x (B, C, ...)", "x (B, C, H, W)")
+    """Batch norm of x (B, C, H, W) by ghosts.
+
+    Args:
+        num_features: channels C.
+        ghost_size: m, the examples that are normalized together, at most (one more where one would be left over).
+        eps, momentum, affine, device, dtype: as of torch's batch norm.
+
+    Raises:
+        ValueError: `ghost_size` is below 2.
+    """
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim != 4:
