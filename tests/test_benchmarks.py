@@ -95,3 +95,18 @@ def test_the_peer_is_judged_by_our_perplexity():
     ours = PerplexityTask("t", {"calibrate": windows[:1], "select": windows[:1], "verify": windows})
     theirs = script("peer_llm_compressor").perplexity(model, torch.as_tensor(windows))
     assert theirs == pytest.approx(ours.evaluate(model, "verify").value, rel=1e-6)
+
+
+def test_norm_surgery_of_a_drawn_model_is_within_its_bound(capsys, monkeypatch, tmp_path):
+    from tests.norm.test_ln_removal import gpt2
+
+    surgery = script("norm_surgery")
+    monkeypatch.setitem(surgery.MODELS, "gpt2", lambda: (gpt2().eval(), {"input_ids": torch.arange(10)[None]}))
+    monkeypatch.setattr(sys, "argv", ["norm_surgery.py", "gpt2", "--latency", "--out", str(tmp_path / "record.json")])
+    surgery.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [text.split()[1] for text in said] == ["rmsnorm", "crmsnorm", "gains"]
+    assert all("error" in text and "times as fast" in text for text in said)
+    monkeypatch.setattr(surgery, "BOUND", 0.0)
+    with pytest.raises(SystemExit, match="an error is above 0"):
+        surgery.main()
