@@ -78,7 +78,7 @@ def _untie_one(model: Any, name: str, canonical: str) -> None:
     value = model.get_parameter(canonical)
     fresh = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
     setattr(model.get_submodule(module_path), attribute, fresh)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", None):  # else transformers would tie them again when it saves or loads
         config.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)

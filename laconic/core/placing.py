@@ -279,12 +279,12 @@ def _placed_class(cls: type) -> type:
     return type(f"Placed{cls.__name__}", (PlacedLayer, cls), {**members, "__module__": __name__})
 
 
-def _place_layer(layer: nn.Module, anatomy: _Anatomy, place: Placement) -> tuple[list[str], list[str]]:
+def _place_layer(layer: Any, anatomy: _Anatomy, place: Placement) -> tuple[list[str], list[str]]:
     """Make a layer a placed one; returns names of new parts, and of norms that are gone."""
     fresh: list[str] = []
     removed: list[str] = []
     norms = _norms_of(layer, anatomy)
-    layer.__class__ = _placed_class(type(layer))
+    layer.__class__ = _placed_class(type(layer))  # type: ignore[arg-type]
     layer.placement = place
     for number, (name, norm) in enumerate(zip(anatomy.norms, norms, strict=True), 1):
         wanted = place.norm_in + place.norm_out + place.norm_after_add
@@ -336,7 +336,7 @@ def _lists_of(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield path, module
 
 
-def _norms_of(layer: nn.Module, anatomy: _Anatomy) -> list[nn.Module]:
+def _norms_of(layer: Any, anatomy: _Anatomy) -> list[nn.Module]:
     return [layer.get_submodule(name) for name in anatomy.norms]
 
 
