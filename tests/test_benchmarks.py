@@ -122,3 +122,18 @@ def test_alternating_ratios_are_taken_round_by_round(monkeypatch) -> None:
 def test_the_interval_of_a_median_leaves_out_what_order_statistics_allow() -> None:
     rank = script("alternate")._rank
     assert [rank(n) for n in (5, 6, 9, 15, 25)] == [0, 0, 1, 3, 7]  # one less than the table of the sign test
+
+
+def test_norm_surgery_of_a_drawn_model_is_within_its_bound(capsys, monkeypatch, tmp_path):
+    from tests.norm.test_ln_removal import gpt2
+
+    surgery = script("norm_surgery")
+    monkeypatch.setitem(surgery.MODELS, "gpt2", lambda: (gpt2().eval(), {"input_ids": torch.arange(10)[None]}))
+    monkeypatch.setattr(sys, "argv", ["norm_surgery.py", "gpt2", "--latency", "--out", str(tmp_path / "record.json")])
+    surgery.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [text.split()[1] for text in said] == ["rmsnorm", "crmsnorm", "gains"]
+    assert all("error" in text and "times as fast" in text for text in said)
+    monkeypatch.setattr(surgery, "BOUND", 0.0)
+    with pytest.raises(SystemExit, match="an error is above 0"):
+        surgery.main()

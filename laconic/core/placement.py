@@ -26,6 +26,7 @@ Another one is a function `(l, L) -> Placement`. `laconic.core.placing` gives bl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class Residual(nn.Module):
         """y, in the shape that the branch gives."""
         norm_in: Callable[[Tensor], Tensor] | None = self.norm_in
         if self.norm_in is not None and self.activation is not None:
-            norm_in = self._activated_input
+            norm_in = functools.partial(_in_turn, self.norm_in, self.activation)
         h = residual(
             x,
             lambda h: self.branch(h, *context),
@@ -200,16 +201,16 @@ class Residual(nn.Module):
         )
         return self.activation(h) if self.activation is not None and self.norm_in is None else h
 
-    def _activated_input(self, x: Tensor) -> Tensor:
-        assert self.norm_in is not None and self.activation is not None
-        return self.activation(self.norm_in(x))
-
     def extra_repr(self) -> str:
         """What differs from a bare sum."""
         default = Placement()
         fields = ("input_scale", "branch_scale", "skip_scale", "learned")
         given = ((name, getattr(self.placement, name)) for name in fields)
         return ", ".join(f"{name}={value:.4g}" for name, value in given if value != getattr(default, name))
+
+
+def _in_turn(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    return second(first(x))
 
 
 def _times(scale: float, x: Tensor) -> Tensor:

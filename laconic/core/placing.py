@@ -274,7 +274,7 @@ class PlacedLayer:
 
 
 @functools.cache
-def _placed_class(cls: Any) -> type:
+def _placed_class(cls: type) -> type:
     members = {"anatomy": ANATOMIES[cls.__name__], "signature": inspect.signature(cls.forward)}  # type: ignore[attr-defined]
     return type(f"Placed{cls.__name__}", (PlacedLayer, cls), {**members, "__module__": __name__})
 
@@ -284,8 +284,7 @@ def _place_layer(layer: Any, anatomy: _Anatomy, place: Placement) -> tuple[list[
     fresh: list[str] = []
     removed: list[str] = []
     norms = _norms_of(layer, anatomy)
-    cls: Any = type(layer)
-    layer.__class__ = _placed_class(cls)
+    layer.__class__ = _placed_class(type(layer))  # type: ignore[arg-type]
     layer.placement = place
     for number, (name, norm) in enumerate(zip(anatomy.norms, norms, strict=True), 1):
         wanted = place.norm_in + place.norm_out + place.norm_after_add

@@ -28,6 +28,7 @@ Example:
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,8 @@ def fold_lns(model: nn.Module) -> tuple[str, ...]:
         if getattr(block.norm_in, "weight", None) is None or block.activation is not None:
             raise BadInput(f"{path}: no norm with a gain stands right before the factor that is to be folded")
     for _, block in blocks:
-        scale, norm = block.placement.input_scale, block.norm_in
+        scale: float = block.placement.input_scale
+        norm: Any = block.norm_in
         with torch.no_grad():
             for parameter in (norm.weight, getattr(norm, "bias", None)):
                 if parameter is not None:

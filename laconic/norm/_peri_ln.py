@@ -59,7 +59,7 @@ def stream_variances(model: nn.Module, layers: Iterable[nn.Module], *args: Any, 
     """
     found: dict[nn.Module, float] = {}
 
-    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+    def note(module: Any, given: tuple[Any, ...]) -> None:
         if not given or not isinstance(given[0], Tensor):
             raise BadInput(f"{type(module).__name__} is no layer of a transformer: its first argument is no tensor")
         x = given[0] if getattr(module, "norm_embedding", None) is None else module.norm_embedding(given[0])

@@ -13,6 +13,7 @@ optimizer steps. The result is an artifact that `laconic.load` opens.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
 import time
@@ -231,12 +232,12 @@ class _Surgery:
     def _repbn(self) -> None:
         warm = int(WARM * self.steps)
         changed = to_prepbn(self.net, max(1, int(FADE * self.steps) - warm), warm, alpha=0.0)
-        norms = fading(self.net)
+        norms: dict[str, Any] = dict(fading(self.net))
         for norm in norms.values():  # begin where the layer norm is
             with torch.no_grad():
-                norm.new.weight.copy_(norm.old.weight)  # type: ignore[operator, arg-type]
+                norm.new.weight.copy_(norm.old.weight)
                 if norm.old.bias is not None:
-                    norm.new.bias.copy_(norm.old.bias)  # type: ignore[operator, arg-type]
+                    norm.new.bias.copy_(norm.old.bias)
         self._distil((AdvanceNorms(),))
         held = {}
         for path, norm in norms.items():
@@ -291,7 +292,8 @@ def _exchange(norms: Mapping[str, tuple[Any, str]]) -> Record:
     said: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for path, (held, kind) in norms.items():
-        gain, bias = (held.weight, held.bias) if isinstance(held, nn.Module) else (held.scale, held.shift)
+        gain: Any = held.weight if isinstance(held, nn.Module) else held.scale
+        bias: Any = held.bias if isinstance(held, nn.Module) else held.shift
         eps = float(getattr(held, "eps", 0.0))
         said[path] = {"kind": kind, "width": len(gain), "eps": eps, "affine": True, "bias": bias is not None}
         tensors[f"{path}.weight"] = gain.detach().clone()
@@ -402,16 +404,16 @@ def _compared(
         "latency_ratio": times["before"] / times["after"] if times["after"] else None,
     }  # fmt: skip
     if task is not None:
-        evaluations = []
+        evaluations: list[Any] = []
         for name, net in (("before", before), ("after", after)):
             try:
-                evaluations.append(task.evaluate(net, "verify", lambda done, total, name=name: show(name, done, total)))
+                evaluations.append(task.evaluate(net, "verify", functools.partial(show, name)))
             except LaconicError:
                 raise
             except Exception as error_:  # whatever the forward of a model raises is its message
                 where = innermost_module(net, error_)
                 raise BadInput(f"{source.name} fails on {task.id}{where}: {first_line(error_)}") from error_
-        found = compare_evaluations(*evaluations, task.metric, seed)
+        found = compare_evaluations(evaluations[0], evaluations[1], task.metric, seed)
         record["metric"] = task.metric.name
         record["before"]["value"], record["after"]["value"] = found.before, found.after
         record |= {"drop": found.drop, "drop_low": found.low, "drop_high": found.high}

@@ -24,8 +24,9 @@ def normalize_table(record: Mapping) -> RenderableType:
     said += [f"{len(left) - SHOWN} more stay"] * (len(left) > SHOWN)
     said += record["notes"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
     if record["metric"] is not None:
         table.add_row(record["metric"], *(f"{record[side]['value']:.4g}" for side in ("before", "after")))
     table.add_row("latency, ms", *(f"{record[side]['latency_ms']:.2f}" for side in ("before", "after")))
