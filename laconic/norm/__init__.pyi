@@ -42,6 +42,8 @@ from ._prepbn import model_is_pure as model_is_pure
 from ._prepbn import to_prepbn as to_prepbn
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
+from ._sla import SimplifiedLinearAttention as SimplifiedLinearAttention
+from ._sla import linear_attention as linear_attention
 from ._stain import Collapse as Collapse
 from ._stain import MacenkoNormalizer as MacenkoNormalizer
 from ._stain import ReinhardNormalizer as ReinhardNormalizer
@@ -49,4 +51,10 @@ from ._stain import Stained as Stained
 from ._stain import from_lab as from_lab
 from ._stain import group_collapse as group_collapse
 from ._stain import to_lab as to_lab
+from ._td_ln import TimeDependentLayerNorm as TimeDependentLayerNorm
+from ._td_ln import TimeDependentParameter as TimeDependentParameter
+from ._td_ln import TimeDependentRMSNorm as TimeDependentRMSNorm
+from ._td_ln import at_time as at_time
+from ._td_ln import decay_groups as decay_groups
+from ._td_ln import set_time as set_time
 from ._unified_norm import UnifiedNorm as UnifiedNorm
