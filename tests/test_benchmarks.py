@@ -137,3 +137,26 @@ def test_norm_surgery_of_a_drawn_model_is_within_its_bound(capsys, monkeypatch, 
     monkeypatch.setattr(surgery, "BOUND", 0.0)
     with pytest.raises(SystemExit, match="an error is above 0"):
         surgery.main()
+
+
+def test_folded_norms_compare_the_same_function(capsys, tmp_path):
+    """The folded models compute what the unfolded do, every norm is gone, and ratios are of the same round."""
+    folded = script("folded_norms")
+    out = tmp_path / "record.json"
+    sizes = ["--width", "8", "--heads", "2", "--layers", "2", "--tokens", "5", "--batch", "2", "--rounds", "3"]
+    record = folded.main([*sizes, "--out", str(out)])
+    assert out.is_file() and "RepBN, folded" in capsys.readouterr().out
+    found = record["models"]["2"]
+    assert max(found["off"].values()) < 1e-5
+    assert found["arms"]["LayerNorm"]["ratio"] == 1 and all(len(s) == 3 for s in found["seconds"].values())
+    made, _ = folded.model_arms(8, 2, 2, 5, 1)
+    norms = [m for m in made["RepBN, folded"].func.modules() if "Norm" in type(m).__name__ or "BN" in type(m).__name__]
+    assert not norms
+    rows = folded.summary({"a": [2.0, 4.0, 6.0], "b": [1.0, 1.0, 3.0]}, "a")
+    assert rows["b"]["ratio"] == 2 and rows["b"]["ms"] == 1000
+
+
+def test_both_powers_are_norms():
+    folded, x = script("folded_norms"), torch.randn(3, 64)
+    torch.testing.assert_close(folded.l2_norm(x), torch.nn.functional.layer_norm(x, (64,)))
+    torch.testing.assert_close(folded.l1_norm(x).abs().mean(-1), torch.ones(3), rtol=1e-3, atol=0)

@@ -73,8 +73,8 @@ from ._peri_ln import stream_variances as stream_variances
 from ._powernorm import LayerScale as LayerScale
 from ._powernorm import PowerNorm as PowerNorm
 from ._powernorm import layer_scale as layer_scale
-from ._pre_rmsnorm import Converted as Converted
 from ._pre_rmsnorm import CRMSNorm as CRMSNorm
+from ._pre_rmsnorm import Converted as Converted
 from ._pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from ._pre_rmsnorm import ZeroMeanOutput as ZeroMeanOutput
 from ._pre_rmsnorm import crms_norm as crms_norm
@@ -96,8 +96,10 @@ from ._region_norm import both_regions as both_regions
 from ._region_norm import region_normalize as region_normalize
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
-from ._snn import SELU as SELU
+from ._sla import SimplifiedLinearAttention as SimplifiedLinearAttention
+from ._sla import linear_attention as linear_attention
 from ._snn import AlphaDropout as AlphaDropout
+from ._snn import SELU as SELU
 from ._snn import alpha_dropout as alpha_dropout
 from ._snn import lecun_normal_ as lecun_normal_
 from ._snn import to_self_normalizing as to_self_normalizing
@@ -108,4 +110,10 @@ from ._stain import Stained as Stained
 from ._stain import from_lab as from_lab
 from ._stain import group_collapse as group_collapse
 from ._stain import to_lab as to_lab
+from ._td_ln import TimeDependentLayerNorm as TimeDependentLayerNorm
+from ._td_ln import TimeDependentParameter as TimeDependentParameter
+from ._td_ln import TimeDependentRMSNorm as TimeDependentRMSNorm
+from ._td_ln import at_time as at_time
+from ._td_ln import decay_groups as decay_groups
+from ._td_ln import set_time as set_time
 from ._unified_norm import UnifiedNorm as UnifiedNorm
