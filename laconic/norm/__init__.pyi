@@ -1,4 +1,6 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._batchformer import BatchFormer as BatchFormer
+from ._batchformer import remove_batchformer as remove_batchformer
 from ._bcn import BatchChannelNorm as BatchChannelNorm
 from ._bcn import EstimatedBatchNorm as EstimatedBatchNorm
 from ._bcn import set_rate as set_rate
@@ -11,6 +13,12 @@ from ._bn_only import dead_gamma_report as dead_gamma_report
 from ._bn_only import init_gamma_ as init_gamma_
 from ._bn_only import train_only as train_only
 from ._bn_only import train_random_weights as train_random_weights
+from ._byol_gn_ws import BYOL as BYOL
+from ._byol_gn_ws import StandardizedRows as StandardizedRows
+from ._byol_gn_ws import byol_loss as byol_loss
+from ._byol_gn_ws import groups_for as groups_for
+from ._byol_gn_ws import momentum_at as momentum_at
+from ._byol_gn_ws import to_gn_ws as to_gn_ws
 from ._calibration import CalibrationProbe as CalibrationProbe
 from ._calibration import Reliability as Reliability
 from ._calibration import ece as ece

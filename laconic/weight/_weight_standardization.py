@@ -36,12 +36,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.core.card import Card
-from laconic.core.spectral import as_matrix
+from laconic.core.standardized import EPS_IN, check_rows, standardize
 from laconic.errors import BadInput
 
 from ._layers import CONVS, MATRIX_LAYERS, matrix_layers, output_dim
@@ -50,36 +49,6 @@ CONVENTIONS: Mapping[str, Mapping[str, Any]] = {
     "official": {"eps": 1e-5, "unbiased": True, "eps_in": "std"},
     "timm": {"eps": 1e-6, "unbiased": False, "eps_in": "sqrt"},
 }
-EPS_IN = ("std", "sqrt")
-
-
-def standardize(
-    weight: Tensor, eps: float = 1e-5, *, unbiased: bool = True, eps_in: str = "std", dim: int = 0
-) -> Tensor:
-    """W', of the shape and type of W.
-
-    Args:
-        weight: W, of two dimensions or more.
-        eps: keeps the division finite where all entries of a row are equal: the row becomes 0.
-        unbiased: divide the sum of squares by I - 1 instead of I.
-        eps_in: "std" adds eps to the deviation, "sqrt" to the variance.
-        dim: the axis of the outputs.
-
-    Raises:
-        ValueError: another `eps_in`, a weight without rows, or rows of a single entry.
-    """
-    if eps_in not in EPS_IN:
-        raise ValueError(f"weight_standardization: eps_in is {eps_in!r}: it must be one of {', '.join(EPS_IN)}")
-    _check_rows(weight, dim)
-    rows = weight.movedim(dim, 0)
-    axes = tuple(range(1, weight.ndim))
-    wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    centred = wide - wide.mean(axes, keepdim=True)
-    if eps_in == "std":
-        standard = centred / (wide.std(axes, correction=int(unbiased), keepdim=True) + eps)
-    else:
-        standard = centred * torch.rsqrt(wide.var(axes, correction=int(unbiased), keepdim=True) + eps)
-    return standard.to(weight.dtype).movedim(0, dim)
 
 
 class Standardize(nn.Module):
@@ -142,7 +111,7 @@ def standardize_(
         raise BadInput(f"weight_standardization: {type(model).__name__} has no layer to standardize: see `select`")
     for path, module in chosen:
         try:
-            _check_rows(module.weight, output_dim(module))
+            check_rows(module.weight, output_dim(module))
         except ValueError as error:
             raise BadInput(f"{path or 'the model'}: {error}") from None
     for _, module in chosen:
@@ -154,14 +123,6 @@ def standardize_(
 def _is_depthwise(module: nn.Module) -> bool:
     groups = getattr(module, "groups", 1)
     return groups > 1 and groups == module.in_channels
-
-
-def _check_rows(weight: Tensor, dim: int) -> None:
-    if weight.ndim < 2 or as_matrix(weight, dim).shape[1] < 2:
-        raise ValueError(
-            f"weight_standardization: a weight of shape {tuple(weight.shape)} has no rows of two entries or more "
-            f"along dimension {dim}: a single entry has no deviation"
-        )
 
 
 CARD = Card(
