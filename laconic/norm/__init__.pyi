@@ -7,6 +7,7 @@ from ._calibration import Reliability as Reliability
 from ._calibration import ece as ece
 from ._calibration import mce as mce
 from ._calibration import reliability as reliability
+from ._corruptions import CORRUPTIONS as CORRUPTIONS
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
 from ._fold_batchnorm import fold_batchnorm as fold_batchnorm
@@ -17,6 +18,10 @@ from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
+from ._robustness_probe import Corruption as Corruption
+from ._robustness_probe import RobustnessFinding as RobustnessFinding
+from ._robustness_probe import RobustnessProbe as RobustnessProbe
+from ._robustness_probe import robustness_report as robustness_report
 from ._stain import Collapse as Collapse
 from ._stain import MacenkoNormalizer as MacenkoNormalizer
 from ._stain import ReinhardNormalizer as ReinhardNormalizer
