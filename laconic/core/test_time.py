@@ -9,7 +9,7 @@ What adapts to the stream of test data stands in the place of the model's batch 
 
 The model's own batch norms are set aside whole: no value of theirs is read into a buffer that is then written to, no
 flag is changed, nothing is hooked. The layers that stand in hold copies of gain, shift and statistics under the same
-names, so that the state dict of the model keeps its keys, and what is learned at test time is learned on copies.
+names, so that the state dict of the model keeps their keys, and what is learned at test time is learned on copies.
 
 How much the source's statistics count is called `source_weight` everywhere, in [0, 1]: 1 is the model as it was
 trained, 0 is the test data alone. (Papers call either that or its complement alpha.)

@@ -7,6 +7,9 @@ from ._calibration import Reliability as Reliability
 from ._calibration import ece as ece
 from ._calibration import mce as mce
 from ._calibration import reliability as reliability
+from ._calibrator_file import CALIBRATORS as CALIBRATORS
+from ._calibrator_file import load_calibrator as load_calibrator
+from ._calibrator_file import save_calibrator as save_calibrator
 from ._corruptions import CORRUPTIONS as CORRUPTIONS
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
@@ -16,6 +19,17 @@ from ._fold_batchnorm import foldable as foldable
 from ._logit_scaling import MatrixScaling as MatrixScaling
 from ._logit_scaling import TemperatureScaling as TemperatureScaling
 from ._logit_scaling import VectorScaling as VectorScaling
+from ._neural_redshift import ACTIVATIONS as ACTIVATIONS
+from ._neural_redshift import NeuralRedshift as NeuralRedshift
+from ._neural_redshift import RandomNetwork as RandomNetwork
+from ._neural_redshift import RedshiftFinding as RedshiftFinding
+from ._neural_redshift import binarize as binarize
+from ._neural_redshift import complexity as complexity
+from ._neural_redshift import grid_points as grid_points
+from ._neural_redshift import lz78_phrases as lz78_phrases
+from ._neural_redshift import mean_frequency as mean_frequency
+from ._neural_redshift import random_network_profile as random_network_profile
+from ._neural_redshift import redraw_ as redraw_
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
 from ._robustness_probe import Corruption as Corruption

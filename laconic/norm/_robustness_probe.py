@@ -137,7 +137,7 @@ class RobustnessProbe:
         corruptions: names, all fifteen by default.
         severities: of 1 to 5.
         metric: (outputs, labels) -> a score for each example (n,), higher being better; accuracy by default.
-        value_range: what black and white are in the images.
+        value_range: what black and white are in the images; by default the model's `input_range`, else 0 and 1.
         scale: see `Corruption`.
         seed: of all that is drawn.
         batch_size: examples to a forward pass, where data come as whole tensors.
@@ -147,13 +147,15 @@ class RobustnessProbe:
         BadInput: a corruption, severity or range that cannot be.
     """
 
+    reads = "labelled"
+
     def __init__(
         self,
         corruptions: Sequence[str] = CORRUPTIONS,
         severities: Iterable[int] = range(1, 6),
         metric: Metric = right,
         *,
-        value_range: tuple[float, float] = (0.0, 1.0),
+        value_range: tuple[float, float] | None = None,
         scale: str = "auto",
         seed: int = 0,
         batch_size: int = 256,
@@ -167,7 +169,8 @@ class RobustnessProbe:
                 check(name, severity, scale)
                 if severity == 0:
                     raise BadInput("robustness_probe: severities are 1 to 5; the clean images are always shown")
-        _limits(value_range)
+        if value_range is not None:
+            _limits(value_range)
         self.metric, self.value_range, self.scale, self.seed = metric, value_range, scale, seed
         self.batch_size, self.adapting = batch_size, adapting
 
@@ -209,11 +212,12 @@ class RobustnessProbe:
     @torch.no_grad()
     def _score(self, model: nn.Module, batches: list, condition: tuple[str, int] | None) -> float:
         held = next(iter(model.parameters()), torch.empty(0))
+        limits = self.value_range or getattr(model, "input_range", (0.0, 1.0))
         parts, at = [], 0
         for images, labels in batches:
             if condition is not None:
                 name, severity = condition
-                change = Corruption(name, severity, value_range=self.value_range, scale=self.scale)
+                change = Corruption(name, severity, value_range=limits, scale=self.scale)
                 number = CORRUPTIONS.index(name)
                 seeds = [derived_seed(self.seed, number, severity, at + i) for i in range(len(images))]
                 images = change.from_seeds(images, seeds)
