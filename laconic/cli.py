@@ -5,6 +5,7 @@ Exit codes: 0 the budget was met, 1 something failed, 2 bad input or impossible,
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import sys
@@ -86,7 +87,7 @@ def command(*names: str, **own: Given) -> Callable[[Callable[..., None]], Callab
                 )
             )
         run.__signature__ = inspect.Signature(parameters)  # which is what typer reads
-        app.command(function.__name__.rstrip("_"))(run)
+        app.command(function.__name__.rstrip("_").replace("_", "-"))(run)
         return function
 
     return register
@@ -145,19 +146,92 @@ def _job(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @command(
-    "model", "task", "json_", "all_", "trust_remote_code", "allow_pickle",
+    "model", "task", "json_", "all_", "probe", "data", "columns", "set_", "examples", "out", "seed",
+    "trust_remote_code", "allow_pickle",
     all_=(bool, typer.Option("--all", help="show every repeated block"), False),
+    probe=(str | None, typer.Option(help="run this probe instead, by its method's id; list names all"), None),
+    set_=(list[str] | None, typer.Option("--set", help="an option of the probe, as bins=10; repeatable"), None),
+    examples=(int, typer.Option(min=1, help="of the data, at most, for the probe"), 512),
+    out=(str | None, typer.Option(help="an SVG file (or PNG, with cairosvg) for the probe's plot"), None),
 )  # fmt: skip
-def inspect_(*, json_: bool, all_: bool, **given: Any) -> None:
-    """Where the bytes, the operations, the milliseconds and the outliers of a model are."""
-    from laconic.pipeline.inspect import inspect as run
-    from laconic.report import inspect_tree
+def inspect_(
+    *, json_: bool, all_: bool, probe: str | None, data: str | None, columns: str | None, set_: list[str] | None,
+    examples: int, out: str | None, seed: int, **given: Any,
+) -> None:  # fmt: skip
+    """Where the bytes, the operations, the milliseconds and the outliers of a model are; or what a probe finds in it."""
+    if probe is None:
+        if data is not None or columns is not None or set_ or out is not None:
+            raise BadInput("--data, --columns, --set and --out belong to --probe: name one, or leave them out")
+        from laconic.pipeline.inspect import inspect as run
+        from laconic.report import inspect_tree
 
-    found = run(**given)
+        found = run(**given)
+        if json_:
+            print(json.dumps(found))
+        else:
+            Console().print(inspect_tree(found, repeated=all_))
+        return
+    from laconic.catalog.probes import probe_class, probes_sentence, write_plot
+    from laconic.pipeline.probe import run_probe
+    from laconic.report import finding_table
+
+    if probe == "list":
+        print(probes_sentence())
+        return
+    if out is not None:
+        write_plot(None, out)  # refused before the work, if it is
+    record, finding = run_probe(
+        probe_class(probe), given.pop("model"), data, columns=_columns(columns), options=_options(set_),
+        examples=examples, seed=seed, **given,
+    )  # fmt: skip
+    if out is not None:
+        write_plot(finding.plot(), out)
     if json_:
-        print(json.dumps(found))
+        print(json.dumps(record, default=str))
     else:
-        Console().print(inspect_tree(found, repeated=all_))
+        Console().print(finding_table(record))
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """`name=value` pairs, values as Python writes them, anything else as text."""
+    found: dict[str, Any] = {}
+    for pair in given or ():
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise BadInput(f"--set {pair!r} does not parse: write it like bins=10")
+        try:
+            found[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name.strip()] = value
+    return found
+
+
+@command(
+    "model", "data", "task", "columns", "method", "keep", "out", "bins", "overwrite", "seed", "json_",
+    "trust_remote_code", "allow_pickle",
+    model=(str | None, typer.Argument(help="a model, or an NPZ file with logits (n, k) and labels (n,)"), None),
+    method=(
+        list[str] | None,
+        typer.Option(help="temperature, vector, matrix, histogram, isotonic, bbq; repeatable, all by default"),
+        None,
+    ),
+    keep=(str, typer.Option(help="the one that is saved"), "temperature"),
+    out=(str | None, typer.Option(help="folder of the calibrator, its report and plot"), None),
+    bins=(int, typer.Option(help="of the calibration errors"), 15),
+    overwrite=(bool, typer.Option("--overwrite", help="write into a folder that exists"), False),
+)  # fmt: skip
+def calibrate_confidence(*, method: list[str] | None, columns: str | None, json_: bool, **given: Any) -> None:
+    """Make a classifier's confidence mean its accuracy: before and after on examples held out, and a saved calibrator."""
+    from laconic.pipeline.calibrate import calibrate_confidence as run
+    from laconic.report import calibration_table
+
+    if method:
+        given["methods"] = method
+    record = run(columns=_columns(columns), **given)
+    if json_:
+        print(json.dumps({name: value for name, value in record.items() if name != "svg"}))
+    else:
+        Console().print(calibration_table(record))
 
 
 @command(

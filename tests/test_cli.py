@@ -16,7 +16,9 @@ from laconic.cli import app
 from laconic.report.jsonline import KEYS
 from tests.pipeline.runs import ROOT, environ, run_cli, save, token_file
 
-COMMANDS = ("compress", "plan", "inspect", "compare", "normalize", "run", "fetch", "doctor")
+COMMANDS = (
+    "compress", "plan", "inspect", "calibrate-confidence", "compare", "normalize", "run", "fetch", "doctor",
+)  # fmt: skip
 CATALOG = ("methods", "show", "find", "new", "reproduce", "bench")
 
 

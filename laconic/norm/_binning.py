@@ -124,8 +124,7 @@ class IsotonicCalibration(_OneMap):
         # Equal confidences are one point, which weighs as much as they are.
         places, at, count = np.unique(x, return_inverse=True, return_counts=True)
         share = np.bincount(at, right) / count
-        values = np.clip(isotonic_regression(share, weights=count).x, 0.0, 1.0)
-        return lambda new: np.interp(new, places, values)
+        return Polyline(places, np.clip(isotonic_regression(share, weights=count).x, 0.0, 1.0))
 
 
 class BBQ(_OneMap):
@@ -165,11 +164,41 @@ class BBQ(_OneMap):
         kept = np.argsort(-likely, kind="stable")
         if self.elbow is not None:
             kept = kept[: _up_to_elbow(likely[kept], self.elbow)]
-        weights = likely[kept] / likely[kept].sum()
-        return lambda new: sum(w * models[i](new) for w, i in zip(weights, kept, strict=True))
+        return _mixed(likely[kept] / likely[kept].sum(), [models[i] for i in kept])
 
 
-class _Histogram:
+class Steps:
+    """theta (B,) in the bins between edges (B + 1,)."""
+
+    def __init__(self, edges: np.ndarray, theta: np.ndarray):
+        self.edges, self.theta = edges, theta
+
+    def _at(self, x: np.ndarray) -> np.ndarray:
+        """Bins (lo, hi], and 0 with the first."""
+        return np.clip(np.searchsorted(self.edges, x, side="left") - 1, 0, len(self.edges) - 2)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.theta[self._at(x)]
+
+
+class Polyline:
+    """Linear between (places, values), constant beyond."""
+
+    def __init__(self, places: np.ndarray, values: np.ndarray):
+        self.places, self.values = places, values
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return np.interp(x, self.places, self.values)
+
+
+def _mixed(weights: np.ndarray, models: list[_Histogram]) -> Steps:
+    """The weighted mean of histograms, which is one over all their edges."""
+    edges = np.unique(np.concatenate([model.edges for model in models]))
+    right_ends = edges[1:]
+    return Steps(edges, np.sum([w * model(right_ends) for w, model in zip(weights, models, strict=True)], axis=0))
+
+
+class _Histogram(Steps):
     """theta by bin, with a Beta prior of strength N' around the centres, or without."""
 
     def __init__(self, x: np.ndarray, right: np.ndarray, edges: np.ndarray, prior: float | None = None):
@@ -189,13 +218,6 @@ class _Histogram:
             (gammaln(each) - gammaln(n + each) + gammaln(m + alpha) - gammaln(alpha)
              + gammaln(n - m + beta) - gammaln(beta)).sum()
         )  # fmt: skip
-
-    def _at(self, x: np.ndarray) -> np.ndarray:
-        """Bins (lo, hi], and 0 with the first."""
-        return np.clip(np.searchsorted(self.edges, x, side="left") - 1, 0, len(self.edges) - 2)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return self.theta[self._at(x)]
 
     def bic(self, x: np.ndarray, right: np.ndarray) -> float:
         """-BIC / 2 = log likelihood - B / 2 log n."""

@@ -191,6 +191,8 @@ class CalibrationProbe:
         batch_size: examples to a forward pass, where data come as whole tensors.
     """
 
+    reads = "labelled"
+
     def __init__(
         self, bins: int = BINS, calibrators: Mapping[str, Calibrator] | None = None, *, batch_size: int = 256
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .answers import labels_table, similarity_table, speed_line
+from .findings import calibration_table, finding_table
 from .html import render_report, write_report
 from .jsonline import json_line
 from .normalize import normalize_table
@@ -12,8 +13,10 @@ from .terminal import comparison_table, summary_table
 from .tree import inspect_tree
 
 __all__ = [
+    "calibration_table",
     "clean",
     "comparison_table",
+    "finding_table",
     "inspect_tree",
     "json_line",
     "labels_table",

@@ -160,6 +160,13 @@ class ElrProbe:
         tolerance: see `scale_free_weights`.
     """
 
+    reads = "batch"
+
+    @classmethod
+    def from_options(cls, lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 5e-4) -> ElrProbe:
+        """For SGD with these options, where there is no training to take the optimizer from."""
+        return cls(lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay))
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer | MakeOptimizer,
