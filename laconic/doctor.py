@@ -112,9 +112,7 @@ def self_test() -> list[Check]:
     return [_check(name, run) for name, run in _CHECKS.items()]
 
 
-def render(
-    console: Console, report: dict[str, Any] | None = None, checks: Sequence[Check] | None = None
-) -> None:
+def render(console: Console, report: dict[str, Any] | None = None, checks: Sequence[Check] | None = None) -> None:
     """Print a diagnosis and a self-test, made now where they are not given."""
     report = diagnose() if report is None else report
     checks = self_test() if checks is None else checks
@@ -202,7 +200,7 @@ def _kernels() -> list[dict[str, Any]]:
     from laconic.kernels import native, triton
 
     return [
-        {"name": "C++ (unpack, dequantize, hadamard)", **native.status()},
+        {"name": "C++ (packed and sparse weights, norms, caches, bits)", **native.status()},
         {"name": "Triton (packed weights, int8, FP8, norms)", **triton.status()},
     ]
 
@@ -319,6 +317,26 @@ def _native_hadamard() -> str:
     return f"bit-equal to the reference: lengths {', '.join(map(str, lengths))}"
 
 
+def _native_norms() -> str:
+    import torch
+
+    from laconic.kernels import norm
+
+    _native()
+    shapes = ((1, 1), (3, 33), (5, 257), (2, 4133))
+    for centred in (True, False):
+        for shape in shapes:
+            generator = torch.Generator().manual_seed(shape[1])
+            x, residual = (torch.randn(shape, generator=generator) for _ in range(2))
+            weight = torch.linspace(0.5, 1.5, shape[1])
+            got = norm.forward(x, residual, weight, None, centred=centred, eps=1e-5)
+            want = norm.reference(x, residual, weight, None, centred=centred, eps=1e-5)
+            for a, b in zip(got, want, strict=True):
+                if not torch.allclose(a, b, rtol=1e-4, atol=1e-5):
+                    raise AssertionError(f"{'LayerNorm' if centred else 'RMSNorm'} of {shape}: not the reference's")
+    return f"LayerNorm and RMSNorm, with the sum before: {len(shapes)} shapes"
+
+
 def _triton_ops() -> str:
     from laconic.kernels import triton
     from laconic.nn.check_ops import check_op
@@ -352,6 +370,7 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "C++: unpack": _native_unpack,
     "C++: dequantize": _native_dequantize,
     "C++: hadamard": _native_hadamard,
+    "C++: norms": _native_norms,
     "Triton: ops on the GPU": _triton_ops,
     **{f"op: {name}": functools.partial(_op, name) for name in OPS},
     **{f"op: {name}": _untried for name in UNTRIED},
