@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ MISSING = [name for name in TOOLS if shutil.which(name) is None]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("LACONIC_NEON" not in os.environ, reason="compiles for minutes: make neon, or LACONIC_NEON=1")
 @pytest.mark.skipif(bool(MISSING), reason=f"not found: {', '.join(MISSING)}")
 def test_neon_kernels_equal_the_portable_ones(tmp_path: Path):
     command = ["make", "--silent", "-j2", "neon", f"NEON={tmp_path}", "NEON_CASES=40"]
