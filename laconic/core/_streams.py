@@ -128,7 +128,9 @@ def _sources(trace: Trace, step: Step, value: int, axis: int, found: _Found) -> 
     shapes, last = trace.shapes, len(trace.shapes[value]) - 1
     width = shapes[value][axis]
     where = step.module or "the model"
-    if step.op == "add" and len(step.inputs) == 2 and axis == last:
+    if not step.inputs:
+        found.reasons[f"{step.op} in {where} writes to it"] = None
+    elif step.op == "add" and len(step.inputs) == 2 and axis == last:
         for _, source in step.inputs:
             if not shapes[source] or shapes[source][-1] != width:
                 found.reasons[f"{where} adds one number to all its channels"] = None
@@ -141,8 +143,8 @@ def _sources(trace: Trace, step: Step, value: int, axis: int, found: _Found) -> 
             yield source, axis
     elif step.op in PRODUCTS:
         _product(trace, step, axis == last, found)
-    elif step.op == "embedding" and step.inputs[0][1] in trace.held:
-        _write(trace, step, step.inputs[0][1], 1, found)
+    elif step.op == "embedding" and (tables := [v for name, v in step.inputs if name == "weight" and v in trace.held]):
+        _write(trace, step, tables[0], 1, found)
     elif step.op in CONVS and axis == 1:
         for argument, source in step.inputs:
             if argument in ("weight", "bias") and source in trace.held:
@@ -171,8 +173,9 @@ def _moved(trace: Trace, step: Step, value: int, axis: int) -> int | None:
     if step.op == "transpose":
         dims = [int(step.options.get(name, 0)) % len(before) for name in ("dim0", "dim1")]
         return dims[1 - dims.index(axis)] if axis in dims else axis
-    if step.op == "permute":
-        return int(step.options["dims"][axis]) % len(before)
+    order = step.options.get("dims")
+    if step.op == "permute" and isinstance(order, (tuple, list)) and len(order) == len(after):
+        return int(order[axis]) % len(before)
     # What is behind the channels' axis may be put together, as the places of a picture are.
     if step.op in VIEWS and before[: axis + 1] == after[: axis + 1]:
         return axis
