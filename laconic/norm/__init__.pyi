@@ -13,6 +13,9 @@ from ._bn_only import dead_gamma_report as dead_gamma_report
 from ._bn_only import init_gamma_ as init_gamma_
 from ._bn_only import train_only as train_only
 from ._bn_only import train_random_weights as train_random_weights
+from ._bss import BatchStyleStandardization as BatchStyleStandardization
+from ._bss import low_frequencies as low_frequencies
+from ._bss import standardize_style as standardize_style
 from ._byol_gn_ws import BYOL as BYOL
 from ._byol_gn_ws import StandardizedRows as StandardizedRows
 from ._byol_gn_ws import byol_loss as byol_loss
@@ -117,6 +120,15 @@ from ._region_norm import RegionNormB as RegionNormB
 from ._region_norm import RegionNormL as RegionNormL
 from ._region_norm import both_regions as both_regions
 from ._region_norm import region_normalize as region_normalize
+from ._residual_expansion import Complexity as Complexity
+from ._residual_expansion import GeometricComplexity as GeometricComplexity
+from ._residual_expansion import Shift as Shift
+from ._residual_expansion import SkipInit as SkipInit
+from ._residual_expansion import fixup_ as fixup_
+from ._residual_expansion import geometric_complexity as geometric_complexity
+from ._residual_expansion import residual_expansion as residual_expansion
+from ._residual_expansion import scale_of as scale_of
+from ._residual_expansion import scale_residuals as scale_residuals
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
 from ._robustness_probe import Corruption as Corruption
