@@ -58,6 +58,9 @@ class AdaptedNorm(nn.Module):
         running_mean, running_var: (C,), the source's; never written to.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         num_features: int,
@@ -78,7 +81,7 @@ class AdaptedNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features, **place))
 
     @classmethod
-    def from_batchnorm(cls, norm: nn.Module, **options: Any) -> Self:
+    def from_batchnorm(cls, norm: Any, **options: Any) -> Self:
         """A layer with copies of what a batch norm holds, in its mode; `options` are those of the layer.
 
         Raises:
@@ -111,7 +114,7 @@ class AdaptedNorm(nn.Module):
         wide = x.float() if x.dtype in HALVES else x
         mean, var = self.statistics(wide)
         y = (wide - mean) * torch.rsqrt(var + self.eps)
-        if self.weight is not None:
+        if self.weight is not None and self.bias is not None:
             y = y * self.per_channel(self.weight, wide) + self.per_channel(self.bias, wide)
         return y.to(x.dtype)
 
