@@ -10,6 +10,16 @@ from ._calibration import reliability as reliability
 from ._calibrator_file import CALIBRATORS as CALIBRATORS
 from ._calibrator_file import load_calibrator as load_calibrator
 from ._calibrator_file import save_calibrator as save_calibrator
+from ._confidence_neurons import Ablation as Ablation
+from ._confidence_neurons import ConfidenceFinding as ConfidenceFinding
+from ._confidence_neurons import ConfidenceNeurons as ConfidenceNeurons
+from ._confidence_neurons import entropy_neurons as entropy_neurons
+from ._confidence_neurons import find_readout as find_readout
+from ._confidence_neurons import look as look
+from ._confidence_neurons import mean_ablation as mean_ablation
+from ._confidence_neurons import neuron_table as neuron_table
+from ._confidence_neurons import norm_mediated as norm_mediated
+from ._confidence_neurons import token_frequency_neurons as token_frequency_neurons
 from ._corruptions import CORRUPTIONS as CORRUPTIONS
 from ._fold_batchnorm import Fold as Fold
 from ._fold_batchnorm import FoldBatchNorm as FoldBatchNorm
