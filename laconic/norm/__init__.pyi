@@ -31,6 +31,16 @@ from ._calibrator_file import CALIBRATORS as CALIBRATORS
 from ._calibrator_file import load_calibrator as load_calibrator
 from ._calibrator_file import save_calibrator as save_calibrator
 from ._channels import real_tokens as real_tokens
+from ._confidence_neurons import Ablation as Ablation
+from ._confidence_neurons import ConfidenceFinding as ConfidenceFinding
+from ._confidence_neurons import ConfidenceNeurons as ConfidenceNeurons
+from ._confidence_neurons import entropy_neurons as entropy_neurons
+from ._confidence_neurons import find_readout as find_readout
+from ._confidence_neurons import look as look
+from ._confidence_neurons import mean_ablation as mean_ablation
+from ._confidence_neurons import neuron_table as neuron_table
+from ._confidence_neurons import norm_mediated as norm_mediated
+from ._confidence_neurons import token_frequency_neurons as token_frequency_neurons
 from ._corruptions import CORRUPTIONS as CORRUPTIONS
 from ._evonorm import EvoNorm2d as EvoNorm2d
 from ._fold_affine import FoldAffine as FoldAffine
@@ -99,8 +109,8 @@ from ._peri_ln import stream_variances as stream_variances
 from ._powernorm import LayerScale as LayerScale
 from ._powernorm import PowerNorm as PowerNorm
 from ._powernorm import layer_scale as layer_scale
-from ._pre_rmsnorm import Converted as Converted
 from ._pre_rmsnorm import CRMSNorm as CRMSNorm
+from ._pre_rmsnorm import Converted as Converted
 from ._pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from ._pre_rmsnorm import ZeroMeanOutput as ZeroMeanOutput
 from ._pre_rmsnorm import crms_norm as crms_norm
@@ -137,8 +147,8 @@ from ._robustness_probe import RobustnessProbe as RobustnessProbe
 from ._robustness_probe import robustness_report as robustness_report
 from ._sla import SimplifiedLinearAttention as SimplifiedLinearAttention
 from ._sla import linear_attention as linear_attention
-from ._snn import SELU as SELU
 from ._snn import AlphaDropout as AlphaDropout
+from ._snn import SELU as SELU
 from ._snn import alpha_dropout as alpha_dropout
 from ._snn import lecun_normal_ as lecun_normal_
 from ._snn import to_self_normalizing as to_self_normalizing
