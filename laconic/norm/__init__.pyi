@@ -70,8 +70,8 @@ from ._peri_ln import stream_variances as stream_variances
 from ._powernorm import LayerScale as LayerScale
 from ._powernorm import PowerNorm as PowerNorm
 from ._powernorm import layer_scale as layer_scale
-from ._pre_rmsnorm import CRMSNorm as CRMSNorm
 from ._pre_rmsnorm import Converted as Converted
+from ._pre_rmsnorm import CRMSNorm as CRMSNorm
 from ._pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from ._pre_rmsnorm import ZeroMeanOutput as ZeroMeanOutput
 from ._pre_rmsnorm import crms_norm as crms_norm
@@ -102,8 +102,8 @@ from ._residual_expansion import scale_of as scale_of
 from ._residual_expansion import scale_residuals as scale_residuals
 from ._rmsnorm import RMSNorm as RMSNorm
 from ._rmsnorm import rms_norm as rms_norm
-from ._snn import AlphaDropout as AlphaDropout
 from ._snn import SELU as SELU
+from ._snn import AlphaDropout as AlphaDropout
 from ._snn import alpha_dropout as alpha_dropout
 from ._snn import lecun_normal_ as lecun_normal_
 from ._snn import to_self_normalizing as to_self_normalizing
