@@ -17,11 +17,13 @@ from . import weight as weight
 from . import zoo as zoo
 from .core.fit import fit as fit
 from .core.surgery import swap as swap
+from .pipeline.calibrate import calibrate_confidence as calibrate_confidence
 from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress
 from .pipeline.compress import plan as plan
 from .pipeline.inspect import inspect as inspect
 from .pipeline.load import load as load
+from .pipeline.normalize import normalize as normalize
 from .tasks import fetch as fetch
 
 __version__: str
