@@ -22,8 +22,8 @@ Example:
     >>> from laconic.norm import to_gn_ws
     >>> model = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU())
     >>> done = to_gn_ws(model)
-    >>> model[1]
-    GroupNorm(16, 32, eps=1e-05, affine=True)
+    >>> type(model[1]).__name__, model[1].num_groups
+    ('GroupNorm', 16)
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ Example:
     >>> import torch
     >>> from laconic.norm import place, peri_ln
     >>> from laconic.zoo import LlamaLM, LlamaLMConfig
-    >>> model = LlamaLM(place(LlamaLMConfig(vocabulary=100, width=32, layers=2), "peri"))
     >>> _ = torch.manual_seed(0)
+    >>> model = LlamaLM(place(LlamaLMConfig(vocabulary=100, width=256, layers=2), "peri"))
     >>> [round(v) for v in stream_variances(model, model.layers, torch.randint(100, (4, 16)))]  # 1 + two branches a layer
     [1, 3]
 """

@@ -26,9 +26,8 @@ Example:
     >>> import torch
     >>> from laconic.norm import advance, model_is_pure, to_prepbn
     >>> model = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
-    >>> to_prepbn(model, steps=2)
-    LayerNorm -> ProgressiveNorm: 1 module
-      0
+    >>> [change.after for change in to_prepbn(model, steps=2).changed]
+    ['ProgressiveNorm']
     >>> advance(model), model_is_pure(model)
     (1, False)
     >>> advance(model), model_is_pure(model)
