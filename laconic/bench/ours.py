@@ -100,6 +100,23 @@ def _rounds(problem: Product) -> str | None:
     return "the problem has inputs of 1 bit" if problem.activations == 1 else None
 
 
+@contestant(
+    "laconic signs", OURS, Product,
+    when=lambda problem: None if problem.activations == 1 and problem.weights == "binary" else "both operands are of 1 bit",
+)  # fmt: skip
+def signs(problem: Product) -> Ready:
+    """Signs of the inputs against those of the weights, by counting bits; packing the inputs is part of the time."""
+    from laconic.kernels.binary import pack_signs
+
+    weight = problem.weight
+    codes, scale = pack_signs(weight), weight.abs().mean(1)
+    nbytes = codes.nbytes + scale.nbytes
+    copies = [codes.clone() for _ in range(problem.turns(nbytes))]
+    x, linear = problem.x, torch.ops.laconic.binary_linear
+    call = cycling(copies, lambda words: linear(x, words, scale))
+    return Ready(_inferring(call), stored=nbytes, note=f"exclusive or and bit counts; {_kernels()}", peak=INT8)
+
+
 @contestant("laconic fused blocks", OURS, LanguageModel, when=_has_scheme)
 def fused_model(problem: LanguageModel) -> Ready:
     """The packed model with its blocks as compiled code; inputs of linear layers stay float."""

@@ -56,19 +56,21 @@ inline void round_inputs(const Linear& job, const Rounded& to, std::int64_t begi
   }
 }
 
-/// Bytes of scratch: the panel (k_padded / 4, kPanel words), its scales and scaled zero points (groups, kPanel) and,
-/// where codes are not unpacked in registers, kLanes rows of them.
+/// Bytes of scratch: the panel (k_padded / 4, kPanel words), its scales and scaled zero points (groups, kPanel), sums of
+/// kInputRows rows of x and, where codes are not unpacked in registers, kLanes rows of them.
 struct Panel {
   std::uint8_t* codes;
   float* scales;
   float* zeros;
+  float* sums;
   std::uint8_t* rows;
 };
 
 inline Panel panel_of(const Linear& job, std::int64_t k_padded, std::uint8_t* scratch) {
   const std::int64_t codes = k_padded * kPanel, floats = job.w.groups * kPanel;
   auto* scales = reinterpret_cast<float*>(scratch + codes);
-  return {scratch, scales, scales + floats, reinterpret_cast<std::uint8_t*>(scales + 2 * floats)};
+  float* sums = scales + 2 * floats;
+  return {scratch, scales, scales + floats, sums, reinterpret_cast<std::uint8_t*>(sums + kInputRows * kPanel)};
 }
 
 template <int Bits, bool InRegisters = Simd::kUnpacks, class V = Simd>  // a parameter, so that what V lacks is not looked up
@@ -122,20 +124,37 @@ inline void fill_scales(const Matrix& w, const Panel& to, std::int64_t first, fl
   }
 }
 
-/// M rows of x against the panel.
+/// Columns of W that a panel is multiplied by before the next ones: it stays in the first-level cache meanwhile.
+constexpr std::int64_t kSpanBytes = 16384;
+
+/// A range of columns: whole groups, or words where there is one group. What a tile of x has summed up is kept from one
+/// range to the next in `sums` (rows of x, kPanel), as float32 where there are groups and as integers where there is one.
+struct ColumnRange {
+  std::int64_t begin, end;  // of columns
+  bool first, last;
+  float* sums;
+  std::int64_t m_begin;  // the row of x that `sums` begins with
+};
+
+/// M rows of x against a span of the panel.
 template <int M, bool Grouped>
-void panel_block(const Linear& job, const Rounded& in, const Panel& panel, std::int64_t m0, std::int64_t first) {
+void panel_block(const Linear& job, const Rounded& in, const Panel& panel, const ColumnRange& span, std::int64_t m0, std::int64_t first) {
   using V = Simd;
   using F = V::F;
   const Matrix& w = job.w;
   const std::int8_t* x = in.codes + m0 / kTile * kTile * in.k_padded + m0 % kTile * 4;
+  float* kept = span.sums + (m0 - span.m_begin) * kPanel;
   F total[2 * M];
-  if constexpr (Grouped) unroll<2 * M>([&](auto i) LACONIC_UNROLLED { total[i] = V::zero(); });
-  for (std::int64_t g = 0; g < (Grouped ? w.groups : 1); ++g) {
-    const std::int64_t begin = Grouped ? g * w.group : 0;
-    const std::int64_t end = Grouped && begin + w.group < in.k_padded ? begin + w.group : in.k_padded;
+  if constexpr (Grouped)
+    unroll<2 * M>([&](auto i) LACONIC_UNROLLED { total[i] = span.first ? V::zero() : V::load(kept + i * V::kLanes); });
+  const std::int64_t g_end = !Grouped ? 1 : span.last ? w.groups : span.end / w.group;
+  for (std::int64_t g = Grouped ? span.begin / w.group : 0; g < g_end; ++g) {
+    const std::int64_t begin = Grouped ? g * w.group : span.begin;
+    const std::int64_t end = !Grouped ? span.end : begin + w.group < in.k_padded ? begin + w.group : in.k_padded;
     typename V::I acc[2 * M];
-    unroll<2 * M>([&](auto i) LACONIC_UNROLLED { acc[i] = V::splat_word(0); });
+    unroll<2 * M>([&](auto i) LACONIC_UNROLLED {
+      acc[i] = Grouped || span.first ? V::splat_word(0) : V::load_words(kept + i * V::kLanes);
+    });
     const std::uint8_t* codes = panel.codes + begin * kPanel;
     const std::int8_t* words = x + begin * kTile;
     for (std::int64_t i = begin; i < end; i += 4, codes += 4 * kPanel, words += 4 * kTile) {
@@ -148,6 +167,10 @@ void panel_block(const Linear& job, const Rounded& in, const Panel& panel, std::
         acc[2 * m + 1] = V::dot4(acc[2 * m + 1], b, value);
       });
     }
+    if (!Grouped && !span.last) {
+      unroll<2 * M>([&](auto i) LACONIC_UNROLLED { V::store_words(kept + i * V::kLanes, acc[i]); });
+      return;
+    }
     const F scale[2] = {V::load(panel.scales + g * kPanel), V::load(panel.scales + g * kPanel + V::kLanes)};
     const F zero[2] = {V::load(panel.zeros + g * kPanel), V::load(panel.zeros + g * kPanel + V::kLanes)};
     unroll<M>([&](auto m) LACONIC_UNROLLED {
@@ -158,6 +181,10 @@ void panel_block(const Linear& job, const Rounded& in, const Panel& panel, std::
         total[2 * m + h] = V::fma(zero[h], sum, scaled);
       });
     });
+  }
+  if (!span.last) {
+    unroll<2 * M>([&](auto i) LACONIC_UNROLLED { V::store(kept + i * V::kLanes, total[i]); });
+    return;
   }
   unroll<2>([&](auto h) LACONIC_UNROLLED {
     const std::int64_t n = first + h * V::kLanes;
@@ -174,10 +201,22 @@ void panel_block(const Linear& job, const Rounded& in, const Panel& panel, std::
 }
 
 template <int M, bool Grouped>
-void panel_inputs(const Linear& job, const Rounded& in, const Panel& panel, std::int64_t m, std::int64_t m_end, std::int64_t first) {
-  for (; m + M <= m_end; m += M) panel_block<M, Grouped>(job, in, panel, m, first);
+void panel_inputs(const Linear& job, const Rounded& in, const Panel& panel, const ColumnRange& span, std::int64_t m,
+                  std::int64_t m_end, std::int64_t first) {
+  for (; m + M <= m_end; m += M) panel_block<M, Grouped>(job, in, panel, span, m, first);
   if constexpr (M > 1) {
-    if (m < m_end) panel_inputs<(M > 4 ? 4 : M / 2), Grouped>(job, in, panel, m, m_end, first);
+    if (m < m_end) panel_inputs<(M > 4 ? 4 : M / 2), Grouped>(job, in, panel, span, m, m_end, first);
+  }
+}
+
+template <bool Grouped>
+void panel_spans(const Linear& job, const Rounded& in, const Panel& panel, std::int64_t m_begin, std::int64_t m_end, std::int64_t first) {
+  const std::int64_t whole = Grouped ? job.w.group : 4 * Simd::kLanes, some = kSpanBytes / kPanel / whole;
+  const std::int64_t step = some > 0 ? some * whole : whole;
+  for (std::int64_t k = 0; k < in.k_padded; k += step) {
+    const std::int64_t end = k + step < in.k_padded ? k + step : in.k_padded;
+    const ColumnRange span{.begin = k, .end = end, .first = k == 0, .last = end == in.k_padded, .sums = panel.sums, .m_begin = m_begin};
+    panel_inputs<kTile, Grouped>(job, in, panel, span, m_begin, m_end, first);
   }
 }
 
@@ -198,8 +237,8 @@ inline void linear_int8(const Linear& job, const Rounded& in, std::int64_t numbe
     default: fill_codes<8>(job.w, panel, first, in.k_padded, isa); break;
   }
   fill_scales(job.w, panel, first, reinterpret_cast<float*>(panel.rows));
-  if (job.w.groups > 1) panel_inputs<kTile, true>(job, in, panel, m_begin, m_end, first);
-  else panel_inputs<kTile, false>(job, in, panel, m_begin, m_end, first);
+  if (job.w.groups > 1) panel_spans<true>(job, in, panel, m_begin, m_end, first);
+  else panel_spans<false>(job, in, panel, m_begin, m_end, first);
 }
 
 }  // namespace laconic::LACONIC_TARGET

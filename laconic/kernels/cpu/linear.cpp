@@ -21,8 +21,6 @@ Sizes sizes(const Linear& job, Isa isa) {
   return {(splits_lanes(w) ? 2 : 1) * job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
-constexpr std::int64_t kInputRows = 192;  // whole tiles:  rows of x that one panel meets before the next: their codes stay in the cache
-
 struct Int8Sizes {
   std::int64_t codes, scale, sums, thread;  // in bytes
 };
@@ -32,7 +30,7 @@ std::int64_t whole_lines(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 Int8Sizes int8_sizes(const Linear& job, Isa isa) {
   const Table& kernels = table(isa);
   const Matrix& w = job.w;
-  const std::int64_t k = whole_lines(w.k), panel = k * kernels.panel + 2 * 4 * w.groups * kernels.panel;
+  const std::int64_t k = whole_lines(w.k), panel = (k + 4 * (2 * w.groups + kInputRows)) * kernels.panel;
   const std::int64_t rows = k * kernels.lanes, scales = 8 * (w.groups + kernels.lanes);  // these two share their place
   const std::int64_t tiles = (job.m + kernels.tile - 1) / kernels.tile;
   return {whole_lines(tiles * kernels.tile * k), whole_lines(4 * job.m), whole_lines(4 * job.m * w.groups),

@@ -31,6 +31,9 @@ struct Rounded {
   std::int64_t k_padded;
 };
 
+/// Rows of x, whole tiles of them, that one panel of W meets before the next: their codes stay in the cache.
+constexpr std::int64_t kInputRows = 192;
+
 /// The same for few rows, laid out as codes come from the weights; see integer_rows.inl.
 struct RoundedRows {
   std::int8_t* codes;   // (m, k_padded)
