@@ -109,8 +109,8 @@ from ._peri_ln import stream_variances as stream_variances
 from ._powernorm import LayerScale as LayerScale
 from ._powernorm import PowerNorm as PowerNorm
 from ._powernorm import layer_scale as layer_scale
-from ._pre_rmsnorm import CRMSNorm as CRMSNorm
 from ._pre_rmsnorm import Converted as Converted
+from ._pre_rmsnorm import CRMSNorm as CRMSNorm
 from ._pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from ._pre_rmsnorm import ZeroMeanOutput as ZeroMeanOutput
 from ._pre_rmsnorm import crms_norm as crms_norm
@@ -147,8 +147,8 @@ from ._robustness_probe import RobustnessProbe as RobustnessProbe
 from ._robustness_probe import robustness_report as robustness_report
 from ._sla import SimplifiedLinearAttention as SimplifiedLinearAttention
 from ._sla import linear_attention as linear_attention
-from ._snn import AlphaDropout as AlphaDropout
 from ._snn import SELU as SELU
+from ._snn import AlphaDropout as AlphaDropout
 from ._snn import alpha_dropout as alpha_dropout
 from ._snn import lecun_normal_ as lecun_normal_
 from ._snn import to_self_normalizing as to_self_normalizing
