@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from laconic.core.record import FOLD, FUSE, PACK, Record, apply_records
+from laconic.core.record import FOLD, FOLD_AFFINE, FUSE, PACK, RENORM, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
 from laconic.pipeline.artifact import METHOD, VERSION, check_filled, quantization_config, records_from_json
@@ -127,8 +127,9 @@ def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None 
         quantizer: the one that loaded it; a new one by default.
     """
     records = list(records)
-    folds, fused = ([record for record in records if record.action == action] for action in (FOLD, FUSE))
-    config = LaconicConfig(**quantization_config(model, [*folds, *_pack_records(model), *fused]))
+    before = [record for record in records if record.action in (FOLD, FOLD_AFFINE, RENORM)]
+    fused = [record for record in records if record.action == FUSE]
+    config = LaconicConfig(**quantization_config(model, [*before, *_pack_records(model), *fused]))
     if quantizer is None:
         quantizer = LaconicQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
@@ -152,6 +153,9 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
     """
     fitted = []
     for record in records:
+        if record.action in (FOLD_AFFINE, RENORM):
+            fitted += _fit_norms(model, record)
+            continue
         packs = record.action == PACK
         path = _fitted(model, record.path, packs)
         data = dict(record.data)
@@ -166,6 +170,32 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
             data.update({"aliases": found} if packs else {"norm": found[0]} if found else {})
             fitted.append(Record(record.action, path, data))
     return fitted
+
+
+def _fit_norms(model: Any, record: Record) -> list[Record]:
+    """A record of norms that were folded or taken apart, likewise; nothing where all of it lies in a missing head."""
+
+    def module(path: str) -> str | None:
+        return _fitted(model, path, False)
+
+    def parameter(name: str) -> str | None:
+        # By its module: the parameter may be a bias that is not there yet.
+        path, _, attribute = name.rpartition(".")
+        found = module(path)
+        return None if found is None else f"{found}.{attribute}"
+
+    data = dict(record.data)
+    if record.action == FOLD_AFFINE:
+        layers = [{**layer, "path": path} for layer in data["layers"] if (path := module(layer["path"])) is not None]
+        norm = module(record.path)
+        return [] if norm is None else [Record(record.action, norm, {**data, "layers": layers})]
+    for key, fit in (("norms", module), ("shapes", parameter)):
+        data[key] = {name: said for path, said in data.get(key, {}).items() if (name := fit(path)) is not None}
+    if "untie" in data:
+        data["untie"] = [name for path in data["untie"] if (name := parameter(path)) is not None]
+        data["untied"] = parameter(data["untied"])
+    changes = data["norms"] or data["shapes"] or data.get("untie")
+    return [Record(record.action, parameter(record.path) or record.path, data)] if changes else []
 
 
 def _fitted(model: Any, path: str, parameter: bool) -> str | None:

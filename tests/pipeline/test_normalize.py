@@ -53,6 +53,23 @@ def test_exact_conversions_need_no_data_and_load_again(name, to, tmp_path):
     assert not any(isinstance(module, nn.LayerNorm) for module in opened.modules())
 
 
+@pytest.mark.parametrize("to", ["rmsnorm", "crmsnorm"])
+def test_transformers_opens_it_with_and_without_the_head(to, tmp_path):
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    folder = saved("gpt2", tmp_path / "model")
+    normalize(folder, to, out=tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole, base = (kind.from_pretrained(tmp_path / "out").eval() for kind in (AutoModelForCausalLM, AutoModel))
+    whole.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        want = before(IDS).logits
+        for model in (whole, again):
+            torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+        assert torch.equal(base(IDS).last_hidden_state, whole.transformer(IDS).last_hidden_state)
+
+
 @pytest.mark.parametrize(("name", "to"), [("bert", "rmsnorm"), ("gpt2", "repbn"), ("gpt2", "none")])
 def test_inexact_conversions_are_trained_on_and_load_again(name, to, tmp_path, tokens):
     folder = saved(name, tmp_path / "model")
