@@ -57,6 +57,7 @@ OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequanti
 # of this command does not try them.
 UNTRIED = (
     "binary_linear", "bit_serial_linear", "binary_conv2d", "int8_conv2d", "decode_attention", "cache_append_",
+    "sparse_linear", "sparse_dense",
 )  # fmt: skip
 
 State = Literal["passed", "failed", "skipped"]

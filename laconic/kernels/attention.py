@@ -26,8 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.kernels import native
-from laconic.kernels import ops as _ops  # noqa: F401 - opens the library that these ops join
+from laconic.kernels import native, ops  # ops opens the library that these join
 from laconic.numerics import pack, unpack
 
 __all__ = ["BITS", "BLOCK", "append", "attend", "dequantize_tokens", "is_by_channel", "quantize_tokens"]
@@ -341,7 +340,7 @@ def _value_dim(v: Tensor | None, v_dim: int, dim: int) -> int:
 
 
 def _runs_native(*tensors: Tensor | None, groups: int = 1, group: int = 0) -> bool:
-    if native.load() is None or (groups > 1 and group % GROUP):
+    if ops._by_reference or native.load() is None or (groups > 1 and group % GROUP):
         return False
     return all(x is None or (x.device.type == "cpu" and x.is_contiguous()) for x in tensors)
 

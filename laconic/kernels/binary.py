@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from laconic.kernels import native
+from laconic.kernels import native, ops
 from laconic.numerics import pack, unpack
 
 __all__ = ["ENCODINGS", "MAX_BITS", "bit_product", "pack_planes", "pack_signs", "plane_values", "quantize_planes"]
@@ -272,7 +272,7 @@ def _fake_bit_serial_linear(
 
 
 def is_native(*tensors: Tensor) -> bool:
-    return native.load() is not None and all(t.device.type == "cpu" for t in tensors)
+    return not ops._by_reference and native.load() is not None and all(t.device.type == "cpu" for t in tensors)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laconic.kernels import native
+from laconic.kernels import native, ops
 
 __all__ = ["DTYPES", "backward", "backward_reference", "forward", "reference"]
 
@@ -204,7 +204,7 @@ def _operand(x: Tensor | None) -> tuple[int, int, int]:
 
 def _takes(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernel is there and reads these; else the reference works."""
-    return native.load() is not None and all(t is None or t.dtype in _NUMBER for t in tensors)
+    return not ops._by_reference and native.load() is not None and all(t is None or t.dtype in _NUMBER for t in tensors)
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------

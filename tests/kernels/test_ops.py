@@ -348,3 +348,22 @@ def test_a_linear_layer_is_the_reference_to_rounding(scheme, inputs, monkeypatch
     got = laconic.linear(x, *weights.operands, **words)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
     torch.library.opcheck(laconic.linear, (x, *weights.operands), words)
+
+
+def test_every_kind_of_op_runs_by_reference_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiled function is called within `by_reference`: norms, bits, attention on a cache."""
+    from laconic.kernels import attention, binary, native, norm  # noqa: F401 - which register their ops
+
+    monkeypatch.setattr(ops, "_by_reference", False)
+    x, codes = torch.randn(3, 32), binary.pack_signs(torch.randn(5, 32))
+    heads = x.view(1, 1, 3, 32)
+    calls = (
+        lambda: torch.ops.laconic.rms_norm(x, eps=1e-6),
+        lambda: torch.ops.laconic.binary_linear(x, codes, torch.ones(5)),
+        lambda: torch.ops.laconic.decode_attention(heads, heads, heads, recent=3, v_dim=32),
+    )
+    want = [call() for call in calls]
+    with ops.by_reference(), monkeypatch.context() as patched:
+        patched.setattr(native, "module", lambda: pytest.fail("a compiled function was called"))
+        for call, was in zip(calls, want, strict=True):
+            torch.testing.assert_close(call(), was, rtol=1e-5, atol=1e-6)
