@@ -57,7 +57,12 @@ OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequanti
 # of this command does not try them.
 UNTRIED = (
     "binary_linear", "bit_serial_linear", "binary_conv2d", "int8_conv2d", "decode_attention", "cache_append_",
-    "sparse_linear", "sparse_dense",
+)  # fmt: skip
+
+# Ops that share one kernel, which the check "C++: norms" tries.
+NORMS = (
+    "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "layer_norm_int8", "rms_norm_int8", "add_layer_norm_int8",
+    "add_rms_norm_int8", "norm_backward",
 )  # fmt: skip
 
 State = Literal["passed", "failed", "skipped"]
