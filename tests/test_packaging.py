@@ -182,13 +182,14 @@ def build(tree: Path, *what: str, **env: str) -> tuple[subprocess.CompletedProce
     path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", *what, "--outdir", "dist", "."],
-        cwd=tree, env=clean | {"PATH": path} | env, capture_output=True, text=True, timeout=300,
+        cwd=tree, env=clean | {"PATH": path} | env, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     folder = tree / "dist"
     return done, sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # it compiles all kernels, perhaps beside other tests
 def test_sdist_and_the_wheel_built_from_it(tree, tmp_path):
     done, names = build(tree)  # with neither --sdist nor --wheel, the wheel is built from the sdist
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -236,6 +237,7 @@ def test_where_kernels_are_required_a_failed_build_stays_failed(tree):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # it compiles all kernels, perhaps beside other tests
 def test_a_compile_error_fails_where_kernels_are_required(tree):
     """Not the configuration but the compilation breaks."""
     with (tree / "laconic/kernels/cpu/unpack.cpp").open("a") as source:
