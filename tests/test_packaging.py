@@ -240,7 +240,7 @@ def test_where_kernels_are_required_a_failed_build_stays_failed(tree):
 @pytest.mark.timeout(1500)  # it compiles all kernels, perhaps beside other tests
 def test_a_compile_error_fails_where_kernels_are_required(tree):
     """Not the configuration but the compilation breaks."""
-    with (tree / "laconic/kernels/cpu/unpack.cpp").open("a") as source:
-        source.write("\n#error broken on purpose\n")
+    source = tree / "laconic/kernels/cpu/module.cpp"
+    source.write_text(source.read_text() + "\n#error broken on purpose\n")
     done, names = build(tree, "--wheel", LACONIC_REQUIRE_KERNELS="1")
     assert done.returncode != 0 and names == []
