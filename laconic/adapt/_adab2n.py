@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.card import Card
-from laconic.core.test_time import HALVES, attach, unfit
+from laconic.core.statistics import widened
+from laconic.core.test_time import attach, unfit
 from laconic.errors import BadInput
 
 
@@ -201,7 +202,7 @@ class AdaB2N(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"AdaB2N: x is (n, {self.num_features}, ...), not {tuple(x.shape)}")
-        wide = x.float() if x.dtype in HALVES else x
+        wide = widened(x)
         if self.training:
             mean, var = self._of_batch(wide)
         else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
-    "Affine", "affine_of", "after_layer", "as_affine", "before_layer", "channel_axis", "rounding_bound", "split_affine",
+    "BATCH_NORMS", "Affine", "affine_of", "after_layer", "as_affine", "before_layer", "channel_axis", "rounding_bound", "split_affine",
 ]  # fmt: skip
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .spectral import as_matrix
+from .statistics import widened
 
 __all__ = ["EPS_IN", "check_rows", "standardize"]
 
@@ -32,7 +33,7 @@ def standardize(
     check_rows(weight, dim)
     rows = weight.movedim(dim, 0)
     axes = tuple(range(1, weight.ndim))
-    wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    wide = widened(rows)
     centred = wide - wide.mean(axes, keepdim=True)
     if eps_in == "std":
         standard = centred / (wide.std(axes, correction=int(unbiased), keepdim=True) + eps)

@@ -26,10 +26,11 @@ from torch.nn.utils import parametrize
 
 from laconic.errors import BadInput
 
+from .affine import BATCH_NORMS
+from .statistics import widened
+
 __all__ = ["BATCH_NORMS", "AdaptedNorm", "Attached", "attach", "source_share"]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def source_share(who: str, source_weight: float) -> float:
@@ -111,7 +112,7 @@ class AdaptedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"{type(self).__name__}: x is (n, {self.num_features}, ...), not {tuple(x.shape)}")
-        wide = x.float() if x.dtype in HALVES else x
+        wide = widened(x)
         mean, var = self.statistics(wide)
         y = (wide - mean) * torch.rsqrt(var + self.eps)
         if self.weight is not None and self.bias is not None:

@@ -106,10 +106,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _quantize(y: Tensor) -> tuple[Tensor, Tensor]:
     """(codes, scale) of each row, as `ops.round_inputs` rounds them."""
-    y = y.float()
-    scale = 2 * y.abs().amax(-1, keepdim=True) / 255
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (y / scale).round().clamp(-128, 127).nan_to_num(-128).to(torch.int8), scale
+    codes, scale = ops.round_rows(y.float())
+    return codes.nan_to_num(-128).to(torch.int8), scale
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------

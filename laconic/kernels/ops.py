@@ -166,10 +166,15 @@ def round_inputs(x: Tensor, inputs: str) -> Tensor:
         return x
     if inputs != INT8_TOKENS:
         raise ValueError(f"inputs={inputs!r}: '' (as they are) or {INT8_TOKENS!r}")
-    values = x.float()
-    scale = 2 * values.abs().amax(-1, keepdim=True) / 255 if x.shape[-1] else values
+    codes, scale = round_rows(x.float())
+    return (codes * scale).to(x.dtype)
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of float32 rows x, whole numbers in -128..127 still as float32, and their scale (..., 1): 2 max|x| / 255, or 1."""
+    scale = 2 * x.abs().amax(-1, keepdim=True) / 255 if x.shape[-1] else x
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((values / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+    return (x / scale).round().clamp(-128, 127), scale
 
 
 @contextmanager

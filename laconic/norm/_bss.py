@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from laconic.core.card import Card
+from laconic.core.statistics import widened
 
 
 def low_frequencies(height: int, width: int, ratio: float) -> Tensor:
@@ -66,7 +67,7 @@ def standardize_style(x: Tensor, reference: Tensor, ratio: float, valid: Sequenc
         ratio: r.
         valid: the range that values are clipped to.
     """
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widened(x)
     spectrum = torch.fft.fft2(wide)
     amplitude = spectrum.abs()
     low = low_frequencies(x.shape[2], x.shape[3], ratio).to(x.device)

@@ -39,12 +39,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from laconic.core.affine import BATCH_NORMS
 from laconic.core.card import Card
 from laconic.core.standardized import check_rows, standardize
 from laconic.core.surgery import Swapped, swap
 from laconic.errors import BadInput
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 GROUPS, EPS = 16, 1e-5
 

@@ -47,6 +47,7 @@ from laconic.core.card import Card
 from laconic.core.hooks import Hook, Run
 from laconic.core.record import Record, apply_records
 from laconic.core.renorm import refusal, solve, ties_in_the_way, untie
+from laconic.core.statistics import widened
 from laconic.core.structure import Example, Structure
 from laconic.errors import BadInput
 
@@ -57,7 +58,7 @@ STD_TYPES = ("avg", "bos")
 
 def deviation(x: Tensor, eps: float = 1e-5) -> Tensor:
     """sqrt(var + eps) over the last axis, the variance divided by d; float16 and bfloat16 are computed in float32."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widened(x)
     return (wide.var(-1, correction=0) + eps).sqrt()
 
 
@@ -193,7 +194,7 @@ class FakeLayerNorm(nn.Module):
         if not self.is_fake:
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         held = self.average_std if std_type == "avg" else self.bos_std
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widened(x)
         y = (wide - wide.mean(-1, keepdim=True)) / held[: x.shape[-2], None].to(wide.dtype)
         y = y * self.weight
         return (y if self.bias is None else y + self.bias).to(x.dtype)

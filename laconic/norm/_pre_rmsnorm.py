@@ -52,6 +52,7 @@ from laconic.core.passes import Context, Decision
 from laconic.core.record import Record, apply_records
 from laconic.core.renorm import fold_gain, foldable, refusal, solve, ties_in_the_way
 from laconic.core.renorm import untie as untie_record
+from laconic.core.statistics import widened
 from laconic.core.structure import Example, Stream, Structure
 from laconic.errors import BadInput
 from laconic.nn.stream_norm import StreamNorm, short_rms_norm
@@ -83,7 +84,7 @@ class CRMSNorm(StreamNorm):
 
 def zero_mean(weight: Tensor, axis: int = 0) -> Tensor:
     """W minus its mean over the axis of its outputs; float16 and bfloat16 are computed in float32."""
-    wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    wide = widened(weight)
     return (wide - wide.mean(axis, keepdim=True)).to(weight.dtype)
 
 
