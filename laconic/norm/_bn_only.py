@@ -32,7 +32,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
-from xml.sax.saxutils import escape
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +40,8 @@ from torch.nn.utils import parametrize
 
 from laconic.core.card import Card
 from laconic.errors import BadInput
+
+from ._figure import bars
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -181,14 +182,6 @@ def train_random_weights(
 
 # --- the probe --------------------------------------------------------------------------------------
 
-WIDTH, ROW, LEFT, TOP = 640, 22, 260, 34
-STYLE = (
-    'text{font:12px system-ui,-apple-system,"Segoe UI","Liberation Sans",sans-serif;fill:#1b1d21}'
-    ".page{fill:#fff}.bar{fill:#1f5fd0}.all{fill:#d8dbe1}"
-    "@media (prefers-color-scheme:dark){text{fill:#e8e9eb}.page{fill:#1c1f23}.bar{fill:#7fb0ff}.all{fill:#3a3f47}}"
-)
-
-
 @dataclass(frozen=True)
 class DeadGammas:
     """What was found.
@@ -208,22 +201,9 @@ class DeadGammas:
 
     def plot(self) -> str:
         """A bar for each norm, in SVG."""
-        height = TOP + ROW * len(self.table) + 12
-        scale = WIDTH - LEFT - 70
-        drawn = []
-        for i, row in enumerate(self.table):
-            y = TOP + ROW * i
-            drawn.append(
-                f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(str(row["norm"])[-40:])}</text>'
-                f'<rect class="all" x="{LEFT}" y="{y + 2}" width="{scale}" height="{ROW - 8}"/>'
-                f'<rect class="bar" x="{LEFT}" y="{y + 2}" width="{scale * row["share"]:.1f}" height="{ROW - 8}"/>'
-                f'<text x="{LEFT + scale + 8}" y="{y + 13}">{100 * row["share"]:.1f} %</text>'
-            )
-        title = '<text x="20" y="20">channels whose gain is near 0</text>'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
+        rows = [(str(row["norm"])[-40:], row["share"], f"{100 * row['share']:.1f} %") for row in self.table]
         label = f"{100 * self.share:.1f} % of the gains are near 0"
-        page = f'<rect class="page" width="{WIDTH}" height="{height}"/>'
-        return f'{head} aria-label="{label}"><style>{STYLE}</style>{page}{title}{"".join(drawn)}</svg>'
+        return bars(rows, "channels whose gain is near 0", label, left=260, right=70, whole=True)
 
 
 class DeadGammaProbe:

@@ -10,11 +10,43 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 560, 320, 64, 34, 46, 170
 COLOURS = ("#1f5fd0", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a16207", "#475569")
 STYLE = (
     'text{font:12px system-ui,-apple-system,"Segoe UI","Liberation Sans",sans-serif;fill:#1b1d21}'
-    ".page{fill:#fff}.dim{fill:#5d636e}.axis{stroke:#c9ccd2;fill:none}.cell{font-size:11px}"
-    "@media (prefers-color-scheme:dark){text{fill:#e8e9eb}.page{fill:#1c1f23}.dim{fill:#9da3ad}.axis{stroke:#484e57}}"
+    ".page{fill:#fff}.dim{fill:#5d636e}.axis{stroke:#c9ccd2;fill:none}.cell{font-size:11px}.bar{fill:#1f5fd0}.all{fill:#d8dbe1}"
+    "@media (prefers-color-scheme:dark){text{fill:#e8e9eb}.page{fill:#1c1f23}.dim{fill:#9da3ad}.axis{stroke:#484e57}"
+    ".bar{fill:#7fb0ff}.all{fill:#3a3f47}}"
 )
 
 Points = Sequence[tuple[float, float]]
+
+
+BARS, ROW = 640, 22  # width of a plot of bars, height of a bar with its gap
+
+
+def bars(
+    rows: Sequence[tuple[str, float, str]], title: str, label: str, *, left: int, right: int, whole: bool = False
+) -> str:
+    """Horizontal bars, one below the other.
+
+    Args:
+        rows: what a bar is called, its share of the longest in [0, 1], and what stands behind it.
+        title: what stands above.
+        label: the plot in a sentence, for who cannot see it.
+        left, right: room for names and for what stands behind, in pixels.
+        whole: show behind each bar how long the longest would be.
+    """
+    height, scale = TOP + ROW * len(rows) + 12, BARS - left - right
+    drawn = []
+    for i, (name, share, behind) in enumerate(rows):
+        y = TOP + ROW * i
+        drawn.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        if whole:
+            drawn.append(f'<rect class="all" x="{left}" y="{y + 2}" width="{scale}" height="{ROW - 8}"/>')
+        drawn.append(
+            f'<rect class="bar" x="{left}" y="{y + 2}" width="{scale * share:.1f}" height="{ROW - 8}"/>'
+            f'<text x="{left + scale + 8}" y="{y + 13}">{escape(behind)}</text>'
+        )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {BARS} {height}" role="img" aria-label="{escape(label)}">'
+    page = f'<rect class="page" width="{BARS}" height="{height}"/><text x="20" y="20">{escape(title)}</text>'
+    return f'{head}<style>{STYLE}</style>{page}{"".join(drawn)}</svg>'
 
 
 def chart(

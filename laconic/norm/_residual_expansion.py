@@ -46,6 +46,8 @@ from laconic.core.placement import SCHEMES, Placement, Residual
 from laconic.core.placing import place
 from laconic.errors import BadInput
 
+from ._figure import bars
+
 RULES: Mapping[str, Callable[[int], float]] = {"1/sqrt(n)": lambda n: 1 / math.sqrt(n), "1/n": lambda n: 1 / n}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
@@ -249,14 +251,6 @@ def _blocks(model: nn.Module) -> dict[str, Residual]:
 
 # --- the probe --------------------------------------------------------------------------------------
 
-WIDTH, ROW, LEFT, TOP = 640, 22, 120, 34
-STYLE = (
-    'text{font:12px system-ui,-apple-system,"Segoe UI","Liberation Sans",sans-serif;fill:#1b1d21}'
-    ".page{fill:#fff}.bar{fill:#1f5fd0}"
-    "@media (prefers-color-scheme:dark){text{fill:#e8e9eb}.page{fill:#1c1f23}.bar{fill:#7fb0ff}}"
-)
-
-
 @dataclass(frozen=True)
 class Complexity:
     """What was found.
@@ -278,20 +272,10 @@ class Complexity:
         """A bar for each batch, in SVG."""
         top = max((row["complexity"] for row in self.table), default=0.0)
         most = top if 0 < top < math.inf else 1.0
-        drawn = []
-        for i, row in enumerate(self.table):
-            y, share = TOP + ROW * i, min(row["complexity"] / most, 1.0) if math.isfinite(row["complexity"]) else 1.0
-            drawn.append(
-                f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{row["batch"]}</text>'
-                f'<rect class="bar" x="{LEFT}" y="{y + 2}" width="{share * (WIDTH - LEFT - 110):.1f}" height="{ROW - 8}"/>'
-                f'<text x="{WIDTH - 100}" y="{y + 13}">{row["complexity"]:.4g}</text>'
-            )
-        height = TOP + ROW * len(self.table) + 12
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"'
-        page = f'<rect class="page" width="{WIDTH}" height="{height}"/>'
-        title = '<text x="20" y="20">geometric complexity by batch</text>'
-        label = f'aria-label="geometric complexity {self.value:.4g}"'
-        return f"{head} {label}><style>{STYLE}</style>{page}{title}{''.join(drawn)}</svg>"
+        found = [(str(row["batch"]), row["complexity"]) for row in self.table]
+        rows = [(name, min(v / most, 1.0) if math.isfinite(v) else 1.0, f"{v:.4g}") for name, v in found]
+        label = f"geometric complexity {self.value:.4g}"
+        return bars(rows, "geometric complexity by batch", label, left=120, right=110)
 
 
 class GeometricComplexity:
