@@ -17,19 +17,15 @@ inline int rows_width(const Matrix& w) {
   return whole && (w.groups <= 1 || w.group % (32 / w.bits) == 0) ? w.bits : 8;
 }
 
-template <int Width>
-constexpr int byte_planes() {
-  return Width == kBase3 ? 5 : Width == 3 ? 1 : 8 / (Width == kBase3 ? 1 : Width);
-}
-
-inline int byte_planes_of(int width) { return width == kBase3 ? 5 : width == 3 ? 1 : 8 / width; }
+/// Codes that one byte holds; 3-bit codes come as one.
+constexpr int byte_planes(int width) { return width == kBase3 ? 5 : width == 3 ? 1 : 8 / width; }
 
 /// Memory of one call, in bytes: what all threads share, and each one's own.
 inline RowsSizes rows_sizes(const Linear& job) {
   constexpr std::int64_t kBytes = 4 * Simd::kLanes;
   const Matrix& w = job.w;
   const int width = rows_width(w);
-  const std::int64_t chunk = kBytes * byte_planes_of(width), chunks = (w.k + chunk - 1) / chunk, k_padded = chunks * chunk;
+  const std::int64_t chunk = kBytes * byte_planes(width), chunks = (w.k + chunk - 1) / chunk, k_padded = chunks * chunk;
   const std::int64_t padded = w.groups + Simd::kLanes, unpacked = width == 8 && (w.bits != 8 || w.base3) ? 4 * k_padded : 0;
   return {.codes = job.m * k_padded, .scale = 4 * job.m, .sums = 4 * job.m * padded, .index = 4 * chunks * Simd::kLanes,
           .thread = unpacked + 4 * (5 * padded), .natural = 2 * k_padded, .chunks = chunks, .k_padded = k_padded,
@@ -46,7 +42,7 @@ void spread_codes(const std::int8_t* from, std::int64_t chunks, std::int8_t* to)
 }
 
 inline void spread_codes(int width, const std::int8_t* from, std::int64_t chunks, std::int8_t* to) {
-  switch (byte_planes_of(width)) {
+  switch (byte_planes(width)) {
     case 1: return spread_codes<1>(from, chunks, to);
     case 2: return spread_codes<2>(from, chunks, to);
     case 4: return spread_codes<4>(from, chunks, to);
@@ -108,7 +104,7 @@ void rows_block(const Linear& job, const RoundedRows& in, const RowBytes& rows, 
   using V = Simd;
   using F = V::F;
   using I = V::I;
-  constexpr int kBytes = 4 * V::kLanes, kPlanes = byte_planes<Width>(), kSums = M * R;
+  constexpr int kBytes = 4 * V::kLanes, kPlanes = byte_planes(Width), kSums = M * R;
   const Matrix& w = job.w;
   const Steps steps = steps_of(w);
   const std::int64_t padded = w.groups + V::kLanes;
