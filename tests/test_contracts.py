@@ -11,7 +11,8 @@ import torch
 from laconic.testing import check
 from tests.testing.landed import cards, examples_of, module_of
 
-SECONDS = 2.0
+SECONDS = 2.0  # on a core of one's own; what is refused takes several times that, since no core in a test run is
+SHARED = 3.0
 # What these kinds compute cannot be checked by differences: the recorded vectors or a test by one of these names must.
 BY_HAND = ("test_gradient", "test_equation", "test_the_equation", "test_backward", "test_steps")
 
@@ -53,9 +54,9 @@ def test_contract(id, name):
     for example in examples:
         report = check(example)
         assert report.ok, str(report)
-        if report.seconds > SECONDS:  # the first to use some part of torch pays for loading it
+        if report.seconds > SHARED * SECONDS:  # the first to use some part of torch pays for loading it
             report = check(example)
-        assert report.seconds <= SECONDS, f"{report}\n{name} takes more than {SECONDS} s: give it smaller inputs"
+        assert report.seconds <= SHARED * SECONDS, f"{report}\nmore than {SECONDS} s alone: give {name} smaller inputs"
 
 
 @pytest.mark.parametrize("id", WITH_OBJECTS)
