@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from laconic.kernels import native, ops
+from laconic.kernels.inputs import round_rows
 
 __all__ = ["DTYPES", "backward", "backward_reference", "forward", "reference"]
 
@@ -105,8 +106,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _quantize(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale) of each row, as `ops.round_inputs` rounds them."""
-    codes, scale = ops.round_rows(y.float())
+    """(codes, scale) of each row, as `inputs.round_inputs` rounds tokens."""
+    codes, scale = round_rows(y.float())
     return codes.nan_to_num(-128).to(torch.int8), scale
 
 

@@ -25,7 +25,7 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
 from laconic.errors import BadInput, LaconicError
 from laconic.kernels import native
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, static_scale
 from laconic.nn import storage_names
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
@@ -38,10 +38,18 @@ from .budget import Budget
 from .decide import fisher, option_costs
 from .ledger import coverage, ledger
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
-from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax, rounded_inputs
+from .observe import (
+    batches_of,
+    data_digest,
+    histograms,
+    innermost_module,
+    input_scales,
+    output_absmax,
+    rounded_inputs,
+)
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
-from .recipe import Recipe
-from .solve import Solving, column_power, solve
+from .recipe import Inputs, Recipe
+from .solve import Solving, column_power, owner, solve
 from .source import Source, check_finite, resolve
 from .source_base import all_tensors, bytes_of
 from .source_weights import few
@@ -340,11 +348,15 @@ class Run:
             units = kept["units"]
             in_order = [u.name for u in self.ground.units if u.name in units]
             decision = {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}
-            set_inputs(self.ground.units, decision, kept["inputs"])
+            for unit in self.ground.units:
+                unit.inputs = kept["inputs"].get(unit.name, "")
             return decision, kept["method"]
         with self.stage("decide"):
             decision = {} if step is None else self.fixed(self.ground) or self._allocate()
-        if step is not None and (step.inputs == "int8" or self._int8()):
+        if step is not None and step.inputs == "int8_static":
+            with self.stage("inputs"):
+                self._static_inputs(decision)
+        elif step is not None and (step.inputs == "int8" or self._int8()):
             set_inputs(self.ground.units, decision, INT8_TOKENS)
         self._write_decision(decision, method)
         return decision, method
@@ -354,11 +366,40 @@ class Run:
             "decision.json",
             {
                 "identity": self.identity, "method": method, "budget": self.budget.text, "ceiling": self.ceiling,
-                "inputs": INT8_TOKENS if self._int8() else "",
+                "inputs": {unit.name: unit.inputs for unit in self.ground.units if unit.inputs},
                 "units": {n: str(s) if s is not None else None for n, s in decision.items()},
                 "tried": self.tried, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
             },
         )  # fmt: skip
+
+    def _static_inputs(self, decision: Choice) -> None:
+        """One scale for the inputs of each linear layer that is packed, from the calibrate split.
+
+        Raises:
+            BadInput: there is no data, or the model does not fit under --max-ram.
+        """
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        if self.ground.streamed or not batches:
+            why = "does not fit under --max-ram" if self.ground.streamed else "has no data"
+            raise BadInput(
+                f"inputs: int8_static calibrates a scale for every layer, and the model {why}: say int8, which rounds each "
+                "token by a scale of its own"
+            )
+        ground = self.ground
+        set_inputs(ground.units, decision, INT8_TOKENS)
+        linear = [unit for unit in ground.units if unit.inputs]
+        scales = input_scales(ground.model, self.task, {owner(unit) for unit in linear}, batches)
+        for unit in linear:
+            if owner(unit) in scales:
+                unit.inputs = int8_tensor(scales[owner(unit)])
+        if left := [unit.name for unit in linear if owner(unit) not in scales]:
+            self._note(f"inputs are rounded by tokens, since they do not run on the calibration data: {few(left)}")
+
+    def _inputs(self) -> Inputs:
+        """How packed linear layers take their inputs, as a recipe says it."""
+        if any(static_scale(unit.inputs) for unit in self.ground.units):
+            return "int8_static"
+        return "int8" if self._int8() else "float"
 
     def _int8(self) -> bool:
         """Whether packed linear layers round their inputs."""
@@ -613,7 +654,7 @@ class Run:
                 f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect"
             )
         kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
-        recipe = self.options.recipe.with_units(decision, method, kept, self._int8())
+        recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
         write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
         for record in records:
             record.data.pop("key", None)

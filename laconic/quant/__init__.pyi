@@ -32,3 +32,4 @@ from ._smoothquant import SmoothQuant as SmoothQuant
 from ._smoothquant import apply_smooth as apply_smooth
 from ._smoothquant import smooth_norm as smooth_norm
 from ._smoothquant import smooth_scales as smooth_scales
+from ._static_inputs import InputRange as InputRange
