@@ -17,6 +17,8 @@ from . import weight as weight
 from . import zoo as zoo
 from .core.fit import fit as fit
 from .core.surgery import swap as swap
+from .pipeline.blame import blame as blame
+from .pipeline.blame import repair as repair
 from .pipeline.calibrate import calibrate_confidence as calibrate_confidence
 from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress

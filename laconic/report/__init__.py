@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .answers import labels_table, similarity_table, speed_line
+from .blame import blame_lines
 from .findings import calibration_table, finding_table
 from .html import render_report, write_report
 from .jsonline import json_line
@@ -13,6 +14,7 @@ from .terminal import comparison_table, summary_table
 from .tree import inspect_tree
 
 __all__ = [
+    "blame_lines",
     "calibration_table",
     "clean",
     "comparison_table",
