@@ -99,23 +99,24 @@ PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
 
 
 @command(
-    "out", *JOB, "seed", "resume", "dry_run", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
+    "out", *JOB, "seed", "resume", "dry_run", "explain", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
     "overwrite", "min_coverage", "trust_remote_code", "allow_pickle",
     out=(str, typer.Option(help="folder of the artifact"), REQUIRED),
     resume=(bool, typer.Option("--resume", help="go on where an earlier run stopped"), False),
     dry_run=(bool, typer.Option("--dry-run", help="print the plan and stop"), False),
+    explain=(bool, typer.Option("--explain", help="say why each parameter got the bits that it got"), False),
     threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
     device=(str, typer.Option(help="where calibration and measuring run: cpu, or cuda"), "cpu"),
     overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
     min_coverage=(float, typer.Option(min=0, max=1, help="least share of elements to pack"), 0.0),
 )  # fmt: skip
-def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
+def compress(*, dry_run: bool, explain: bool, json_: bool, quiet: bool, **given: Any) -> None:
     """Compress a model within a budget and report what was measured."""
     if dry_run:
         plan(json_=json_, **{name: given[name] for name in PLANNED})
         return
     from laconic.pipeline.compress import compress as run
-    from laconic.report import json_line, summary_table
+    from laconic.report import explain_lines, json_line, summary_table
 
     with _stoppable(given["out"]), bars(quiet or json_) as progress:
         result = run(**_job(given), progress=progress)
@@ -123,6 +124,8 @@ def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
         print(json_line(result.record))
     else:
         Console().print(summary_table(result.record))
+    if explain:
+        Console(stderr=json_).print(explain_lines(result.record), soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -277,7 +280,7 @@ def blame(*, json_: bool, quiet: bool, **given: Any) -> None:
     if json_:
         print(json.dumps(found, default=str))
     else:
-        Console().print(blame_lines(found))
+        Console().print(blame_lines(found), soft_wrap=True)
 
 
 @command(

@@ -36,6 +36,7 @@ from laconic.tasks import compare as compare_evaluations
 from . import interrupt
 from .budget import Budget
 from .decide import fisher, option_costs
+from .explain import explain
 from .ledger import coverage, ledger
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
 from .observe import (
@@ -127,6 +128,7 @@ class Run:
         self.histograms: dict[str, dict[str, Any]] = {}
         self._select_before: Evaluation | None = None
         self._costs: dict[str, list[float]] | None = None
+        self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
 
     # --- what was given ---------------------------------------------------------------------------------------------
@@ -295,6 +297,7 @@ class Run:
             if larger is None:
                 break
             decision = larger
+            self._explain(decision)
             self._write_decision(decision, method)
             packed = self._solve(decision, method, digests)
         records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + packed
@@ -342,7 +345,7 @@ class Run:
         method = step.method if step and self.batches("calibrate", 1) else "rtn"
         kept = self.workspace.read_json("decision.json")
         if kept is not None and kept.get("identity") == self.identity:
-            self.tried = kept["tried"]
+            self.tried, self.explained = kept["tried"], kept["explained"]
             for note in kept["notes"]:
                 self._note(note)
             units = kept["units"]
@@ -358,8 +361,14 @@ class Run:
                 self._static_inputs(decision)
         elif step is not None and (step.inputs == "int8" or self._int8()):
             set_inputs(self.ground.units, decision, INT8_TOKENS)
+        self._explain(decision)
         self._write_decision(decision, method)
         return decision, method
+
+    def _explain(self, decision: Choice) -> None:
+        """What was weighed, where something was."""
+        if self._costs is not None:
+            self.explained = explain(self.ground.packable, self._costs, decision)
 
     def _write_decision(self, decision: Choice, method: str) -> None:
         self.workspace.write_json(
@@ -368,7 +377,7 @@ class Run:
                 "identity": self.identity, "method": method, "budget": self.budget.text, "ceiling": self.ceiling,
                 "inputs": {unit.name: unit.inputs for unit in self.ground.units if unit.inputs},
                 "units": {n: str(s) if s is not None else None for n, s in decision.items()},
-                "tried": self.tried, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
+                "tried": self.tried, "explained": self.explained, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
             },
         )  # fmt: skip
 
@@ -609,14 +618,17 @@ class Run:
             after = self.task.evaluate(self.ground.model, "select")
         found = compare_evaluations(self._select_before, after, self.task.metric, self.options.seed)
         size = self.ground.layout(decision).total_bytes
-        self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select")
+        self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select", decision)
         return found.drop
 
-    def _tried(self, name: str, size: int, found: Comparison, split: str, chosen: bool = False) -> None:
+    def _tried(
+        self, name: str, size: int, found: Comparison, split: str, decision: Choice | None = None, chosen: bool = False
+    ) -> None:
         low, high = self.interval(found)
-        self.tried.append(
-            {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
-        )
+        one = {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
+        if decision is not None:
+            one["units"] = {n: str(s) if s is not None else None for n, s in decision.items()}
+        self.tried.append(one)
 
     def interval(self, found: Comparison) -> tuple[float, float]:
         """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three)."""
@@ -656,9 +668,26 @@ class Run:
         kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
         recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
         write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
+        self._write_frontier(partial / "plans", method, kept)
         for record in records:
             record.data.pop("key", None)
         write_artifact_files(partial, source=ground.source, records=records, ledger=self.ledger, versions=versions())
+
+    def _write_frontier(self, folder: Path, method: str, kept: bool) -> None:
+        """The recipes of the plans that were tried and that no other one beats in both size and drop."""
+        from laconic.report.charts.pareto import frontier
+
+        best = {id(one) for one in frontier([one for one in self.tried if one["split"] == "select"])}
+        for one in self.tried:
+            units = one.pop("units", None)
+            if units is None or id(one) not in best:
+                continue
+            decision = {name: Scheme.parse(text) if text else None for name, text in units.items()}
+            recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{one['size']}.yaml"
+            write_whole(file, recipe.to_yaml().encode())
+            one["recipe"] = f"{folder.name}/{file.name}"
 
     def _float(self, name: str, solved: str | None = None) -> Tensor:
         """A tensor that is left as it is, or a bias that was corrected with the solution kept under a key."""
