@@ -257,6 +257,24 @@ def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
         Console().print(comparison_table(found))
 
 
+@command(
+    "model", "data", "task", "columns", "budget", "batch", "seq", "seed", "json_", "quiet", "trust_remote_code",
+    "allow_pickle",
+)  # fmt: skip
+def examine(*, json_: bool, quiet: bool, **given: Any) -> None:
+    """Look at calibration data before it is used: too few, twice, of other lengths, without template, badly drawn."""
+    from laconic.pipeline.examine import examine as run
+    from laconic.report import examine_lines
+
+    given["columns"] = _columns(given["columns"])
+    with bars(quiet or json_) as progress:
+        found = run(**given, progress=progress)
+    if json_:
+        print(json.dumps(found))
+    else:
+        Console().print(examine_lines(found), soft_wrap=True)
+
+
 BLAMED = (
     "artifact", "model", "data", "task", "columns", "most", "batch", "seq", "seed", "json_", "quiet", "trust_remote_code",
     "allow_pickle",

@@ -38,6 +38,7 @@ from .budget import Budget
 from .decide import fisher, option_costs
 from .explain import explain
 from .ledger import coverage, ledger
+from .look import SEEN, look, tokenizer_of
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
 from .observe import (
     batches_of,
@@ -61,7 +62,7 @@ from .timing import LayerTimes, blank_model, fuse_records, rows_seen
 from .tryout import Choice, fit, grown, try_plans
 from .workspace import Workspace, digest
 
-CALIBRATION_TOKENS = 16384  # positions that calibration sees; more helps little and costs time in proportion
+CALIBRATION_TOKENS = SEEN
 SENSITIVITY_TOKENS = 4096
 QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
 ROUNDS = 3  # plans that are solved at most, each larger than the one before, where the drop is missed
@@ -148,12 +149,21 @@ class Run:
                 o = self.options
                 self.task = load_task(data, source, columns, o.seed, batch=o.batch, seq=o.seq)
                 self.notes += self.task.notes
+                self._look(source, meta)
             if streamed:
                 check_weights(source)
             self.ground = meta if streamed else self.ground_in_memory(source)
             self.ground.streamed = streamed
         if self.task is not None and not streamed:
             self._try_forward()
+
+    def _look(self, source: Source, meta: Ground) -> None:
+        """Say what is wrong with the examples before anything is calibrated on them."""
+        if self.task is None or "calibrate" not in self.task.splits:
+            return
+        for seen in look(self.task, meta.packable, tokenizer_of(source), self.options.seq):
+            if seen.state == "warning":
+                self._note(f"calibration data: {seen.sentence}")
 
     def check_budget(self, has_data: bool) -> None:
         """Refuse what no plan can promise."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .answers import labels_table, similarity_table, speed_line
 from .blame import blame_lines
+from .examine import examine_lines
 from .explain import explain_lines
 from .findings import calibration_table, finding_table
 from .html import render_report, write_report
@@ -19,6 +20,7 @@ __all__ = [
     "calibration_table",
     "clean",
     "comparison_table",
+    "examine_lines",
     "explain_lines",
     "finding_table",
     "inspect_tree",
