@@ -70,3 +70,5 @@ class InputRange:
             if error < least:
                 best, least = step, error
         return best
+
+CARD = None
