@@ -7,6 +7,11 @@ from ._bias_correction import bias_correction as bias_correction
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
 from ._calibrated import solve_calibrated as solve_calibrated
+from ._formats_fp import FP8 as FP8
+from ._formats_fp import MXFP as MXFP
+from ._formats_fp import MXINT8 as MXINT8
+from ._formats_fp import NVFP4 as NVFP4
+from ._formats_fp import quantize_blocks as quantize_blocks
 from ._gptq import GPTQ as GPTQ
 from ._gptq import Factor as Factor
 from ._gptq import Hessian as Hessian
@@ -20,6 +25,9 @@ from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
+from ._rotate import Rotate as Rotate
+from ._rotate import Rotated as Rotated
+from ._rotate import rotate as rotate
 from ._rtn import RTN as RTN
 from ._rtn import Solved as Solved
 from ._rtn import round_to_nearest as round_to_nearest
