@@ -15,7 +15,7 @@ from laconic.quant import rotate
 from laconic.tasks.small import small
 from laconic.zoo import LlamaLM, LlamaLMConfig
 
-WINDOWS, FACTOR = 1500, 30.0
+WINDOWS, FACTOR = 4000, 30.0
 WEIGHTS, INPUTS = Scheme(Int(4), Scale("channel")), Scheme(Int(4), Scale("token"), zero="int")
 
 

@@ -28,6 +28,15 @@ from ._products import no_fast_products as no_fast_products
 from ._rotate import Rotate as Rotate
 from ._rotate import Rotated as Rotated
 from ._rotate import rotate as rotate
+from ._rsq import RSQ as RSQ
+from ._rsq import Quantized as Quantized
+from ._rsq import attention_concentration as attention_concentration
+from ._rsq import mean_one as mean_one
+from ._rsq import rsq as rsq
+from ._rsq import token_importance as token_importance
+from ._rsq import token_weights as token_weights
+from ._rsq import weighted_hessian as weighted_hessian
+from ._rsq import weighted_hessians as weighted_hessians
 from ._rtn import RTN as RTN
 from ._rtn import Solved as Solved
 from ._rtn import round_to_nearest as round_to_nearest

@@ -25,7 +25,7 @@ Example:
     >>> quantize_blocks(x, MXFP(4, rule="ceil")).dequantize().tolist()
     [[0.0, -1.0, 3.0, 6.0]]
     >>> NVFP4().bits_per_weight(4096, 4096), MXFP(6).bits_per_weight(4096, 4096)
-    (4.5000019073486328, 6.25)
+    (4.500001907348633, 6.25)
 """
 
 from __future__ import annotations
