@@ -51,11 +51,13 @@ class Mixer:
         value: path of the linear layer that makes them, kv_heads * width outputs.
         output: path of the linear layer that reads the averages, heads * width inputs.
         width: of a head.
+        key: path of the linear layer that makes the keys, before what encodes positions; "" if that was not seen.
     """
 
     value: str
     output: str
     width: int
+    key: str = ""
 
 
 def residuals_of(trace: Trace, norms: Mapping[str, Readers], reads: list[tuple[str, Use]]) -> tuple[Residual, ...]:
@@ -148,8 +150,31 @@ def mixers_of(trace: Trace) -> tuple[Mixer, ...]:
         maker = _maker(trace, value, width)
         reader = _reader(trace, step.outputs[0], width)
         if maker is not None and reader is not None:
-            found.append(Mixer(maker, reader, width))
+            found.append(Mixer(maker, reader, width, _key(trace, step)))
     return tuple(dict.fromkeys(found))
+
+
+def _key(trace: Trace, step: Step) -> str:
+    """The one linear layer behind the keys of an attention."""
+    value = next((value for argument, value in step.inputs if argument == "key"), None)
+    if value is None:  # a product of softmax(scores) and values: the keys are the right side of the scores
+        at: Step | None = trace.producers.get(step.source)
+        while at is not None and at.op not in PRODUCTS:
+            at = trace.producers.get(at.source) if at.inputs else None
+        value = at.inputs[1][1] if at is not None and len(at.inputs) == 2 else None
+    makers: dict[str, None] = {}
+    todo, seen = [] if value is None else [value], set[int]()
+    while todo:
+        value = todo.pop()
+        maker = trace.producers.get(value)
+        if value in seen or maker is None:
+            continue
+        seen.add(value)
+        if maker.op in PRODUCTS and _own_matrix(trace, maker):
+            makers[maker.module] = None
+        else:
+            todo += [source for _, source in maker.inputs if source not in trace.held]
+    return next(iter(makers)) if len(makers) == 1 else ""
 
 
 def _values_read(trace: Trace, step: Step) -> int | None:

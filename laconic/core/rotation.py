@@ -9,6 +9,7 @@ For orthogonal Q, in float64 and rounded once; vectors are rows, so y = x W^T of
               averages over tokens commute with it, and nothing is left at inference
     input     W <- W R, and the layer's input is rotated online by the same R, a Hadamard matrix (`laconic.nn.rotated`);
               with `scale` s, W <- W diag(s) first, and what makes the input gives x / s ("smooth-fused")
+    output    W <- P R W, a layer that makes what a cache should hold; R and P are undone after it, online
 
 Which Q: `rotation` makes a (random) Hadamard matrix, where there is none a block diagonal of such, or a random orthogonal
 one. `klt_rotation` makes K H: K holds the eigenvectors of a covariance C = K L K^T, so that diag(H^T L H) is the mean of L
@@ -37,7 +38,7 @@ from .structure import Mixer, Residual, Structure
 
 __all__ = [
     "Kind", "input_refusal", "klt", "klt_rotation", "rotate_along", "rotate_inputs", "rotation", "solve_input",
-    "solve_stream", "solve_values", "stream_refusal", "ties_in_the_way", "untie", "values_refusal",
+    "solve_output", "solve_stream", "solve_values", "stream_refusal", "ties_in_the_way", "untie", "values_refusal",
 ]  # fmt: skip
 
 Kind = Literal["hadamard", "orthogonal"]
@@ -126,11 +127,11 @@ def stream_refusal(structure: Structure, model: nn.Module, residual: Residual) -
     """Why a residual stream cannot be turned, "" if it can."""
     mine = {(writer.name, writer.module) for writer in residual.writers}
     if residual.reason:
-        readers = [name for found in residual.norms.values() for name in found.weights]
+        read = [name for found in residual.norms.values() for name in found.weights]
         packed = next((path for path, module in model.named_modules() if getattr(module, "_packed", None)), None)
         if packed is not None:
             return f"{packed} is packed: rotate before weights are quantized ({residual.reason})"
-        tied = [n for n in (*readers, *(w.name for w in residual.writers)) if len(structure.parameters[n].names) > 1]
+        tied = [n for n in (*read, *(w.name for w in residual.writers)) if len(structure.parameters[n].names) > 1]
         return f"{residual.reason}; {_tied(tied[0], structure)}" if tied else residual.reason
     tensors = dict(model.named_parameters(remove_duplicate=False))
     for path, readers in residual.norms.items():
@@ -320,6 +321,35 @@ def solve_input(
         divide(values, writers or {}, s)
     values.new[name] = rotate_along(weight, axis, hadamard_matrix(size), stride)
     return _record(model, path, values, method, rotated_inputs={path: {"size": size, "stride": stride}})
+
+
+def solve_output(
+    structure: Structure, model: nn.Module, path: str, *, size: int, order: Tensor, method: str
+) -> Record:  # fmt: skip
+    """A layer that makes its outputs rotated and in another order, and restores them after.
+
+    Args:
+        structure, model: as they are.
+        path: of a linear layer that `input_refusal` does not refuse.
+        size: channels that are mixed.
+        order: (out,) which rotated channel each output becomes.
+        method: id, for the record.
+
+    Raises:
+        BadInput: runs do not fill the output, or the order is no permutation of it.
+    """
+    module: Any = model.get_submodule(path)
+    axis = 1 - (_input_axis(module) or 0)
+    width = module.weight.shape[axis]
+    if width % size or sorted(order.tolist()) != list(range(width)):
+        raise BadInput(
+            f"{path} gives {width} channels: an order of them all and runs of a divisor are needed, not {size}"
+        )
+    values, q = _Values(model), hadamard_matrix(size)
+    names = [(f"{path}.weight", axis)] + ([(f"{path}.bias", 0)] if module.bias is not None else [])
+    for name, at in names:
+        values.new[name] = rotate_along(values[name], at, q).index_select(at, order)
+    return _record(model, path, values, method, restored_outputs={path: {"size": size, "order": order.tolist()}})
 
 
 def positive(scale: Tensor, width: int, path: str) -> Tensor:

@@ -28,6 +28,13 @@ from ._products import no_fast_products as no_fast_products
 from ._rotate import Rotate as Rotate
 from ._rotate import Rotated as Rotated
 from ._rotate import rotate as rotate
+from ._rotatekv import RotatedCache as RotatedCache
+from ._rotatekv import RotateKV as RotateKV
+from ._rotatekv import calibrate_kv as calibrate_kv
+from ._rotatekv import kv_codes as kv_codes
+from ._rotatekv import kv_round as kv_round
+from ._rotatekv import kv_values as kv_values
+from ._rotatekv import sink_tokens as sink_tokens
 from ._rsq import RSQ as RSQ
 from ._rsq import Quantized as Quantized
 from ._rsq import attention_concentration as attention_concentration
