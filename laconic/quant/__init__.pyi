@@ -23,6 +23,9 @@ from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
 from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
+from ._mambaquant import MambaQuant as MambaQuant
+from ._mambaquant import MambaStatistics as MambaStatistics
+from ._mambaquant import calibrate_mamba as calibrate_mamba
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
 from ._rotate import Rotate as Rotate
