@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 
 from laconic.errors import BadInput
 from laconic.nn.rotated import rotate_inputs
-from laconic.numerics import hadamard_block, hadamard_matrix, random_hadamard, random_orthogonal
+from laconic.numerics import check_finite, hadamard_block, hadamard_matrix, random_hadamard, random_orthogonal
 
 from .record import RENORM, Record
 from .renorm import _fold, _input_axis, _Values, untie
@@ -377,5 +377,7 @@ def divide(values: _Values, writers: Mapping[str, tuple[int, int, int]], s: Tens
 
 def _record(model: nn.Module, path: str, values: _Values, method: str, **said: Any) -> Record:
     tensors = values.rounded(model)
+    for name, tensor in tensors.items():
+        check_finite(tensor, name)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return Record(RENORM, path, {"pass": method, "method": method, "norms": {}, "shapes": shapes, **said}, tensors)

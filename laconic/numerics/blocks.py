@@ -211,8 +211,9 @@ class Blocks:
 
 
 def quantize_blocks(
-    x: Tensor, scheme: BlockScheme, *, largest: float | None = None, scale_bits: int = 8, name: str = "tensor"
-) -> Blocks:
+    x: Tensor, scheme: BlockScheme, *, largest: float | None = None, scale_bits: int = 8, subnormals: bool = True,
+    flush: bool = False, name: str = "tensor",
+) -> Blocks:  # fmt: skip
     """A matrix in blocks, each rounded under its own scale.
 
     Args:
@@ -220,6 +221,8 @@ def quantize_blocks(
         scheme: how.
         largest: max |x| over what shares g, with e4m3 scales: that of x by default (q, k and v fused share one).
         scale_bits: of e8m0 scales: E lies in -(2^(bits - 1) - 1) .. 2^(bits - 1) - 1.
+        subnormals: whether elements below the least normal number are kept; else they become 0.
+        flush: whether blocks of numbers that float32 holds as subnormal ones alone become 0.
         name: the parameter's path, for messages.
 
     Raises:
@@ -233,6 +236,9 @@ def quantize_blocks(
     rows, k = x.shape
     wide = x.detach().double()
     amax = _amax(wide, scheme)
+    if flush:
+        kept = amax >= torch.finfo(torch.float32).tiny
+        wide = wide * _spread(kept.double(), scheme, rows, k)
     element, shared = scheme.numbers, None
     if scheme.scale == "e8m0":
         top = (1 << (scale_bits - 1)) - 1
@@ -259,7 +265,8 @@ def quantize_blocks(
     spread = _spread(scale.double(), scheme, rows, k)
     if shared is not None:
         spread = (spread.float() / shared).double()
-    return Blocks(scheme, float_codes(round_float(wide / spread, element, scheme.rounding), element), scale, shared)
+    values = round_float(wide / spread, element, scheme.rounding, subnormals=subnormals)
+    return Blocks(scheme, float_codes(values, element), scale, shared)
 
 
 def _exponents(amax: Tensor, element: MiniFloat, rule: str) -> Tensor:

@@ -20,7 +20,9 @@ is an option.
 
 A head that is tied to the embeddings absorbs a gain that the embeddings do not, so the two are untied, which costs bytes.
 Use it before weights and activations, or a cache, are rounded to 4 bits and below, and before calibration. Weights alone
-at 8 bits gain nothing. Streams between norms and sums (Post-LN, Gemma's second norms) cannot be turned and stay.
+at 8 bits gain nothing. What is turned online hangs on the layers as hooks, which an artifact of laconic keeps and
+`save_pretrained` loses: with `heads` and `ffn` off nothing is left online. Streams between norms and sums (Post-LN,
+Gemma's second norms) cannot be turned and stay.
 
 Example:
     >>> import torch

@@ -222,7 +222,7 @@ def weighted_hessians(
     if not batches:
         raise BadInput("rsq: no calibration data: give batches of ids")
     counts = _counts(batches) if token_weight == "frequency" else None
-    found = {path: Hessian.of(model.get_submodule(path)) for path in layers}
+    found: dict[str, Hessian] = {}
     for batch in batches:
         x, y, c = _seen(model, block, batch, attention=token_weight == "attention")
         if x.ndim != 3 or x.shape[1] < 2:
@@ -249,7 +249,8 @@ def weighted_hessians(
             if not whole and not plain and given.shape[:-1].numel() != r.numel():
                 raise BadInput(f"{path}: its inputs {tuple(given.shape)} are not the block's tokens {tuple(r.shape)}")
             rows = given if whole else given.reshape(*r.shape, -1) if given.shape[:-1].numel() == r.numel() else given
-            weighted_hessian(found[path], rows, None if plain else r, power)
+            hessian = found.setdefault(path, Hessian(given.shape[-1], device=given.device))
+            weighted_hessian(hessian, rows, None if plain else r, power)
 
         with _watching({path: model.get_submodule(path) for path in layers}, note):
             _run_until(model, block, batch)
@@ -331,6 +332,7 @@ class RSQ(GPTQ):
     """The pass: as `GPTQ`, from second moments that `weighted_hessians` gathers. All options are those of `GPTQ`."""
 
     id: ClassVar = "rsq"
+    ops: ClassVar = ("linear",)
 
     def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
         """Codes and scales of the parameter at `path`, from `ctx.hessians` of its module."""
@@ -389,25 +391,26 @@ def rsq(
         raise BadInput(f"{type(model).__name__} has no chain of blocks that rsq could go through")
     one = RSQ(chosen, damp=damp, act_order=act_order)
     decision = one.plan(structure, model)
+    left = dict(decision.skipped)
+    inside = tuple(f"{block}." for block in structure.blocks)
+    left |= {name: "it lies outside the blocks" for name in decision.units if not name.startswith(inside)}
     for block in structure.blocks:
-        names = [n for n in decision.units if n.startswith(f"{block}.") and structure.calls.get(n.rpartition(".")[0])]
-        layers = [n.rpartition(".")[0] for n in names]
+        names = {n: n.rpartition(".")[0] for n in decision.units if n.startswith(f"{block}.")}
         hessians = weighted_hessians(
-            model, block, layers, batches, token_weight=token_weight, r_min=r_min, r_max=r_max, power=power, first=first
-        )
+            model, block, list(names.values()), batches, token_weight=token_weight, r_min=r_min, r_max=r_max,
+            power=power, first=first,
+        )  # fmt: skip
         ctx = Context(model, structure, hessians=hessians, seed=seed)
-        for name in names:
+        for name, layer in names.items():
+            if layer not in hessians:
+                left[name] = f"{layer} is not called, what reads its weight does so by itself"
+                continue
             record = one.solve(name, decision, ctx)
             one.apply(model, record)
             records.append(record)
     if not any(record.action == "pack" for record in records):
         raise BadInput(f"nothing in the blocks of {type(model).__name__} can be rounded")
-    outside = {
-        n: "it lies outside the blocks"
-        for n in decision.units
-        if not n.startswith(tuple(f"{b}." for b in structure.blocks))
-    }
-    return Quantized(tuple(records), decision.skipped | outside, structure.blocks)
+    return Quantized(tuple(records), left, structure.blocks)
 
 
 CARD = Card(

@@ -88,6 +88,15 @@ def test_two_levels_written_out() -> None:
     torch.testing.assert_close(fused.global_scale, torch.tensor([26.88]))
 
 
+def test_options() -> None:
+    x = torch.full((2, 32), 1e-40)
+    x[1] = torch.linspace(-1, 1, 32)
+    plain, flushed = (quantize_blocks(x, MXFP4, flush=flush).dequantize() for flush in (False, True))
+    assert torch.equal(plain[1], flushed[1]) and float(flushed[0].abs().max()) == 0
+    coarse = quantize_blocks(x[1:], MXFP4, subnormals=False).values()
+    assert 0.5 not in coarse.abs() and 0.5 in quantize_blocks(x[1:], MXFP4).values().abs()
+
+
 def test_stored_codes_lie_low_half_first() -> None:
     x = torch.zeros(1, 32)
     x[0, :4] = torch.tensor([0.5, 6.0, -1.0, 0.0])

@@ -30,10 +30,11 @@ def _mx(case: Case) -> dict[str, Tensor]:
     rule = RULES[args["scale_exponent"]]
     scheme = BlockScheme(element, args["block_size"], "e8m0", rule, ROUNDINGS[args["rounding"]])
     assert (scheme.numbers.emax, scheme.numbers.largest) == (args["element_emax"], args["element_max"])
-    assert args["saturate"] and args["subnormals"] and not args["flush_fp32_subnormals"]
+    assert args["saturate"]
+    options = {"subnormals": args["subnormals"], "flush": args["flush_fp32_subnormals"]}
     moved = x.movedim(args["axis"], -1)
     flat = moved.reshape(-1, moved.shape[-1])
-    done = quantize_blocks(flat, scheme, scale_bits=args["scale_bits"])
+    done = quantize_blocks(flat, scheme, scale_bits=args["scale_bits"], **options)
     if args["scale_bits"] == 8:
         done = Blocks.of_tensors(done.tensors(), scheme, flat.shape[1])  # also through the bytes
     return {"output": done.dequantize().view(moved.shape).movedim(-1, args["axis"])}

@@ -155,6 +155,15 @@ def test_a_whole_model(rotated: bool) -> None:
     assert float((model(IDS).detach() - want).norm() / want.norm()) < 0.03
 
 
+def test_weights_that_lie_the_other_way() -> None:
+    model = ZOO["gpt2"].build()
+    ids = torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(0))
+    want = model(ids).logits.detach()
+    done = rsq(model, [{"input_ids": ids}], EIGHT, token_weight="norm", rotated=False)
+    assert len([record for record in done.records if record.action == "pack"]) == 8
+    assert float((model(ids).logits.detach() - want).norm() / want.norm()) < 0.03
+
+
 def test_important_tokens_lose_less() -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(1, 200, 24, generator=generator), torch.randn(32, 24, generator=generator)
