@@ -2,8 +2,8 @@
 
 For orthogonal Q, in float64 and rounded once; vectors are rows, so y = x W^T of a linear layer W (out, in):
 
-    stream    a residual stream x of width d holds x Q instead. RMS(x Q) = RMS(x), so with each norm's gain and bias folded
-              into its readers,   writers and readers   W <- W Q along the stream's axis,   biases b <- b Q
+    stream    a residual stream x of width d holds x Q instead. RMS(x Q) = RMS(x), so with each norm's gain and bias
+              folded into its readers,   writers and readers   W <- W Q along the stream's axis,   biases b <- b Q
               layer norms need the stream's mean to be gone first (`laconic.core.renorm`); they become RMS norms
     values    between value and output layers of an attention, head by head:  v <- v Q on outputs, o <- o Q on inputs;
               averages over tokens commute with it, and nothing is left at inference
@@ -11,10 +11,10 @@ For orthogonal Q, in float64 and rounded once; vectors are rows, so y = x W^T of
               with `scale` s, W <- W diag(s) first, and what makes the input gives x / s ("smooth-fused")
     output    W <- P R W, a layer that makes what a cache should hold; R and P are undone after it, online
 
-Which Q: `rotation` makes a (random) Hadamard matrix, where there is none a block diagonal of such, or a random orthogonal
-one. `klt_rotation` makes K H: K holds the eigenvectors of a covariance C = K L K^T, so that diag(H^T L H) is the mean of L
-for a Hadamard H: all channels get equal variances (MambaQuant, arXiv 2501.13484). QuaRot (arXiv 2404.00456) is the source of
-the places.
+Which Q: `rotation` makes a (random) Hadamard matrix, where there is none a block diagonal of such, or a random
+orthogonal one. `klt_rotation` makes K H: K holds the eigenvectors of a covariance C = K L K^T, so that diag(H^T L H) is
+the mean of L for a Hadamard H: all channels get equal variances (MambaQuant, arXiv 2501.13484). QuaRot (arXiv
+2404.00456) is the source of the places.
 
 What is worked out here is a `Record`, done by `laconic.core.record.apply_records`, also to a skeleton on meta.
 """

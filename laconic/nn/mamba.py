@@ -10,8 +10,9 @@ For x (N, L, d), E = expand d inner channels, n states each, and a step of rank 
     y_l = h_l C_l + D u_l
     out = W_out (y * z sigmoid(s z))          s (E,): `gate_scale`, ones in a plain mixer, where this is silu(z)
 
-Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", Gu and Dao, 2023, arXiv 2312.00752. Parameters
-have the names of transformers' `MambaMixer`. The scan is a loop over places: for training and for measuring small models.
+Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", Gu and Dao, 2023, arXiv 2312.00752.
+Parameters have the names of transformers' `MambaMixer`. The scan is a loop over places: for training and for measuring
+small models.
 """
 
 from __future__ import annotations

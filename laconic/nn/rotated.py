@@ -1,9 +1,9 @@
 """Layers whose inputs are rotated by a Hadamard matrix as they come, or whose outputs are rotated back.
 
-Where a weight holds W' = W R, R orthogonal, the layer computes W x from W' and x R, since W R (x R)^T = W x^T. R acts on
-runs of `size` channels that lie `stride` apart:  x (..., n) is seen as (..., n / (size stride), size, stride), and R is
-`laconic.numerics.hadamard` along the middle axis. stride 1 and size n rotate all channels, stride D and size n / D rotate
-across heads of D channels.
+Where a weight holds W' = W R, R orthogonal, the layer computes W x from W' and x R, since W R (x R)^T = W x^T. R acts
+on runs of `size` channels that lie `stride` apart:  x (..., n) is seen as (..., n / (size stride), size, stride), and R
+is `laconic.numerics.hadamard` along the middle axis. stride 1 and size n rotate all channels, stride D and size n / D
+rotate across heads of D channels.
 
 Where a weight holds W' = P R W, with a permutation P of its outputs, the layer makes what a cache should hold, and
 `restore_outputs` gives back W x to whoever reads it: y R^T after P was undone.

@@ -4,8 +4,8 @@ A Hadamard matrix H of order n has entries +1 and -1 and H H^T = n I, so x H / s
 
     H_n = B_K^T (x) S_m       S_0 = [1],  S_(m+1) = [[S_m, S_m], [S_m, -S_m]]       (x) the Kronecker product
 
-the transform costs n (K + m) additions instead of n^2 products. Where n is a power of two, K = 1 and the transform is its
-own inverse; else the inverse is the transform with `transpose`.
+the transform costs n (K + m) additions instead of n^2 products. Where n is a power of two, K = 1 and the transform is
+its own inverse; else the inverse is the transform with `transpose`.
 
 Base matrices B_K, with chi(i) the quadratic character of i mod q (0 at 0), and C the circulant C_ij = chi(j - i):
 
@@ -14,8 +14,8 @@ Base matrices B_K, with chi(i) the quadratic character of i mod q (0 at 0), and 
 - Williamson's, K = 4 m:  [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]] of symmetric circulants
 - Sylvester's doubling of order 20, K = 40.
 
-`ORDERS` says which K is taken first, as the code of QuIP# (arXiv 2402.04396) and QuaRot (arXiv 2404.00456) does, so that a
-model that they rotated is rotated alike here; any other n falls to the least order of Paley that divides it.
+`ORDERS` says which K is taken first, as the code of QuIP# (arXiv 2402.04396) and QuaRot (arXiv 2404.00456) does, so
+that a model that they rotated is rotated alike here; any other n falls to the least order of Paley that divides it.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def base_order(n: int) -> int:
     order = _order_of(n)
     if not order:
         raise ValueError(
-            f"hadamard: no Hadamard matrix of order {n} is known here: lengths are powers of two, or such a power times "
-            "12, 20, 28, 36, ...; take blocks of hadamard_block(n), or random_orthogonal(n)"
+            f"hadamard: no Hadamard matrix of order {n} is known here: lengths are powers of two, or such a power "
+            "times 12, 20, 28, 36, ...; take blocks of hadamard_block(n), or random_orthogonal(n)"
         )
     return order
 

@@ -1,13 +1,13 @@
 """Scales that are stored in 8 bits themselves (double quantization, QLoRA, arXiv 2305.14314).
 
-Scales s (n,) vary little and are not negative: their mean o is taken off, and what is left goes in runs of `block` to the
-nearest of 256 levels T,
+Scales s (n,) vary little and are not negative: their mean o is taken off, and what is left goes in runs of `block` to
+the nearest of 256 levels T,
 
     a_j = max |s - o| of run j         q_i = argmin |T_q - (s_i - o) / a_j|         s^_i = a_j T[q_i] + o
 
-T is the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861): per sign, decade by decade towards 0 and with
-half as many levels in each, the middles of even steps between 0.1 and 1; and 0 and 1. 64 weights to a scale and 256 scales
-to a run cost 8 / 64 + 32 / (64 * 256) = 0.127 bits a weight instead of 0.5.
+T is the dynamic map of 8-bit optimizers (Dettmers et al., arXiv 2110.02861): per sign, decade by decade towards 0 and
+with half as many levels in each, the middles of even steps between 0.1 and 1; and 0 and 1. 64 weights to a scale and
+256 scales to a run cost 8 / 64 + 32 / (64 * 256) = 0.127 bits a weight instead of 0.5.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ A block of a row's elements x has a scale X and codes f, numbers of a float of 4
 The numbers and bytes are those of `laconic.numerics.blocks`, where the scale rules stand; here they get their names.
 
 Source: "OCP Microscaling Formats (MX) Specification 1.0", Rouhani et al., 2023, and "Microscaling Data Formats for Deep
-Learning", Rouhani et al., 2023, arXiv 2310.10537 (MX); "FP8 Formats for Deep Learning", Micikevicius et al., 2022, arXiv
-2209.05433. Official code: microsoft/microxcaling, MIT; vllm-project/compressed-tensors, Apache-2.0 (NVFP4, whose bytes
-these are). We differ in that everything is rounded once, from float64, and that `rule="ceil"` is the least power of two
-under which nothing saturates.
+Learning", Rouhani et al., 2023, arXiv 2310.10537 (MX); "FP8 Formats for Deep Learning", Micikevicius et al., 2022,
+arXiv 2209.05433. Official code: microsoft/microxcaling, MIT; vllm-project/compressed-tensors, Apache-2.0 (NVFP4, whose
+bytes these are). We differ in that everything is rounded once, from float64, and that `rule="ceil"` is the least power
+of two under which nothing saturates.
 
 Use MXFP4 and NVFP4 for what hardware multiplies in these formats; at the same bits integers with a zero point have less
 error on weights, which have light tails (`Scheme`).

@@ -1,7 +1,9 @@
-"""`mambaquant`: evens out what a Mamba model reads and stores before it is rounded, exactly: KLT rotations and smoothing.
+"""`mambaquant`: evens out what a Mamba model reads and stores before it is rounded, exactly: KLT rotations and
+smoothing.
 
-Hadamard rotations spread a single outlier, but leave channels whose variances differ in a common direction uneven. With the
-covariance C = K L K^T of activations and a normalized Hadamard H, the rotation K H gives every channel the variance mean(L):
+Hadamard rotations spread a single outlier, but leave channels whose variances differ in a common direction uneven. With
+the covariance C = K L K^T of activations and a normalized Hadamard H, the rotation K H gives every channel the variance
+mean(L):
 
     diag((K H)^T C (K H)) = diag(H^T L H) = mean(L) 1
 
@@ -18,15 +20,16 @@ Places in a mixer (names as in `laconic.nn.mamba`; E inner channels), all exact 
 
 with s_j = max|x_j|^a / max|w_j|^(1 - a), a = 1/2, x what goes over the place and w what multiplies it; for S4 w is C.
 
-Source: "MambaQuant: Quantizing the Mamba Family with Variance Aligned Rotation Methods", Xu, Yue, Xu, Hu, Yu, Chen, Zhou,
-Yuan, Yang, 2025, arXiv 2501.13484. Official code: MambaQuant/MambaQuant, without a licence (not used). We differ from it: all
-rotations of a layer come from that layer's own data (its code multiplies R2 and R5 on from layer to layer); A needs no
-correction, since B carries 1 / s; the state's own rotations (R3, R4) are left out, as the state stays in floats, and so is
-smoothing at norms (S1), which folding the gains for R1 undoes.
+Source: "MambaQuant: Quantizing the Mamba Family with Variance Aligned Rotation Methods", Xu, Yue, Xu, Hu, Yu, Chen,
+Zhou, Yuan, Yang, 2025, arXiv 2501.13484. Official code: MambaQuant/MambaQuant, without a licence (not used). We differ
+from it: all rotations of a layer come from that layer's own data (its code multiplies R2 and R5 on from layer to
+layer); A needs no correction, since B carries 1 / s; the state's own rotations (R3, R4) are left out, as the state
+stays in floats, and so is smoothing at norms (S1), which folding the gains for R1 undoes.
 
-A rotation does not commute with the gate, the convolution and the scan: only these places are turned. Use it before weights
-and inputs of a Mamba model are rounded, at 8 bits and below. For transformers take `rotate`. Mixers of transformers are
-turned in their stream and inputs by `rotate` too, but lack the gate's scale: exchange them for `laconic.nn.mamba.MambaMixer`.
+A rotation does not commute with the gate, the convolution and the scan: only these places are turned. Use it before
+weights and inputs of a Mamba model are rounded, at 8 bits and below. For transformers take `rotate`. Mixers of
+transformers are turned in their stream and inputs by `rotate` too, but lack the gate's scale: exchange them for
+`laconic.nn.mamba.MambaMixer`.
 
 Example:
     >>> import torch
@@ -175,8 +178,8 @@ class MambaQuant:
     """The pass: the residual stream of a Mamba model, and its mixers one by one.
 
     Args:
-        statistics: of calibration data (`calibrate_mamba`); without them Hadamard matrices stand for K H, and nothing is
-            smoothed.
+        statistics: of calibration data (`calibrate_mamba`); without them Hadamard matrices stand for K H, and nothing
+            is smoothed.
         klt: whether K is used.
         smooth: whether scales are.
         online: whether R2 and R6 are.
@@ -316,7 +319,7 @@ CARD = Card(
     year=2025,
     source="arXiv 2501.13484",
     family="quant",
-    summary="Turns a Mamba model by rotations that give all channels the same variance, and smooths its gates, exactly.",
+    summary="Turns a Mamba model by rotations that give all channels one variance, and smooths its gates, exactly.",
     objects={"MambaQuant": "Pass"},
     traits={"MambaQuant": ("exact",)},
     use="Before weights and inputs of a Mamba model are rounded, at 8 bits and below.",
@@ -325,8 +328,8 @@ CARD = Card(
     vectors=("mamba",),
     code="MambaQuant/MambaQuant, no licence (not used)",
     claim={
-        "text": "With 4-bit weights and inputs, a Mamba language model with a few large channels loses less with variances "
-        "evened by KLT and smoothing than with Hadamard rotations alone.",
+        "text": "With 4-bit weights and inputs, a Mamba language model with a few large channels loses less with "
+        "variances evened by KLT and smoothing than with Hadamard rotations alone.",
         "metric": "bits per character",
         "direction": "lower",
         "margin": 0.02,

@@ -1,7 +1,7 @@
 """`rotate`: turns a model's activations by orthogonal matrices, which changes nothing but spreads outliers evenly.
 
-A vector x with one large entry among n has, after a rotation by a Hadamard matrix, entries of about |x| / sqrt(n) each: a
-range that few bits cover. Three places of a transformer can be turned so that it computes the same:
+A vector x with one large entry among n has, after a rotation by a Hadamard matrix, entries of about |x| / sqrt(n) each:
+a range that few bits cover. Three places of a transformer can be turned so that it computes the same:
 
     stream    writers write x Q, and each norm reads it: RMS(x Q) = RMS(x). Gains are folded into readers before,
               W <- W diag(g) Q; LayerNorms become RMS norms, their means taken out of the writers
@@ -9,20 +9,20 @@ range that few bits cover. Three places of a transformer can be turned so that i
               with `heads` in addition across heads, online: W_o <- W_o (H (x) I_D), its input is turned as it comes
     ffn       W_down <- W_down H, online on the input of the last layer of each perceptron: n log n additions
 
-Q = diag(+-1) H / sqrt(d), or a random orthogonal matrix, or one that is given (KLT: `laconic.core.rotation.klt_rotation`).
-Where a width has no Hadamard matrix, Q is made of the largest blocks that have.
+Q = diag(+-1) H / sqrt(d), or a random orthogonal matrix, or one that is given (KLT:
+`laconic.core.rotation.klt_rotation`). Where a width has no Hadamard matrix, Q is made of the largest blocks that have.
 
-Source: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", Ashkboos, Mohtashami, Croci, Li, Cameron, Jaggi, Alistarh,
-Hoefler, Hensman, 2024, arXiv 2404.00456. Official code: spcl/QuaRot, Apache-2.0. We differ from it: which layers write and
-read a stream is seen from a trace of the model; the mean of the embeddings is taken out only where a LayerNorm follows
-(official does so for RMSNorm too, which changes the function); keys and queries are not turned; the Hadamard across heads
-is an option.
+Source: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", Ashkboos, Mohtashami, Croci, Li, Cameron, Jaggi,
+Alistarh, Hoefler, Hensman, 2024, arXiv 2404.00456. Official code: spcl/QuaRot, Apache-2.0. We differ from it: which
+layers write and read a stream is seen from a trace of the model; the mean of the embeddings is taken out only where a
+LayerNorm follows (official does so for RMSNorm too, which changes the function); keys and queries are not turned; the
+Hadamard across heads is an option.
 
-A head that is tied to the embeddings absorbs a gain that the embeddings do not, so the two are untied, which costs bytes.
-Use it before weights and activations, or a cache, are rounded to 4 bits and below, and before calibration. Weights alone
-at 8 bits gain nothing. What is turned online hangs on the layers as hooks, which an artifact of laconic keeps and
-`save_pretrained` loses: with `heads` and `ffn` off nothing is left online. Streams between norms and sums (Post-LN,
-Gemma's second norms) cannot be turned and stay.
+A head that is tied to the embeddings absorbs a gain that the embeddings do not, so the two are untied, which costs
+bytes. Use it before weights and activations, or a cache, are rounded to 4 bits and below, and before calibration.
+Weights alone at 8 bits gain nothing. What is turned online hangs on the layers as hooks, which an artifact of laconic
+keeps and `save_pretrained` loses: with `heads` and `ffn` off nothing is left online. Streams between norms and sums
+(Post-LN, Gemma's second norms) cannot be turned and stay.
 
 Example:
     >>> import torch
@@ -230,7 +230,7 @@ CARD = Card(
     year=2024,
     source="arXiv 2404.00456",
     family="quant",
-    summary="Turns residual streams, values and inputs by Hadamard matrices, exactly, so that outliers are spread evenly.",
+    summary="Turns residual streams, values and inputs by Hadamard matrices, exactly, to spread outliers evenly.",
     objects={"Rotate": "Pass"},
     traits={"Rotate": ("exact",)},
     use="Before weights and activations, or a cache, are rounded to 4 bits and below.",

@@ -2,7 +2,7 @@
 
 Per token, n channels (heads of keys times their width D) are stored in groups of g, with clip c and b bits:
 
-    s = c (max - min) / (2^b - 1)      z = round(-c min / s)      q = clamp(round(x / s) + z, 0, 2^b - 1)      x^ = s (q - z)
+    s = c (max - min) / (2^b - 1)   z = round(-c min / s)   q = clamp(round(x / s) + z, 0, 2^b - 1)      x^ = s (q - z)
 
     keys      before positions are encoded: K' = (K H)[order], H a Hadamard matrix over G heads together, fused into the
               key layer; `order` sorts the rotated channels by their sum over calibration tokens, so that a group holds
@@ -11,14 +11,15 @@ Per token, n channels (heads of keys times their width D) are stored in groups o
     sinks     of each sequence the tokens that hold the `sinks` largest |entries| of what enters the block stay floats
               while a prompt is read
 
-Source: "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via Outlier-Aware Adaptive Rotations", Su, Chen,
-Shen, Wei, Li, Yu, Yuan, 2025, arXiv 2501.16383. Official code: ZunhaiSu/RotateKV, without a licence (not used). We differ
-from it: 2^b - 1 at every b (its code has b^2 - 1, which is 8 at 3 bits); a group of one value comes back as it is; heads
-are taken together only as far as G and their number have a common divisor.
+Source: "RotateKV: Accurate and Robust 2-Bit KV Cache Quantization for LLMs via Outlier-Aware Adaptive Rotations", Su,
+Chen, Shen, Wei, Li, Yu, Yuan, 2025, arXiv 2501.16383. Official code: ZunhaiSu/RotateKV, without a licence (not used).
+We differ from it: 2^b - 1 at every b (its code has b^2 - 1, which is 8 at 3 bits); a group of one value comes back as
+it is; heads are taken together only as far as G and their number have a common divisor.
 
-`RotatedCache` holds one layer's packed keys and values, 2 + 32 / g bits a number at 2 bits. The pass `RotateKV` fuses the
-rotations, and lets the key and value layers of any model give what that cache would give back: that is a simulation, it
-saves no memory. Use it where a long cache decides the memory; at 4 bits and above plain groups do (`QuantizedCache`).
+`RotatedCache` holds one layer's packed keys and values, 2 + 32 / g bits a number at 2 bits. The pass `RotateKV` fuses
+the rotations, and lets the key and value layers of any model give what that cache would give back: that is a
+simulation, it saves no memory. Use it where a long cache decides the memory; at 4 bits and above plain groups do
+(`QuantizedCache`).
 
 Example:
     >>> import torch

@@ -1,10 +1,10 @@
 """`rsq`: rounds a model's weights for the tokens that matter: GPTQ whose Hessian counts important tokens for more.
 
-Each token x_t of a calibration sequence (T tokens) gets a weight r_t, the same for all layers of a block, and the layer-wise
-objective becomes sum_t w_t ||(W - W^) x_t||^2, so that GPTQ works on
+Each token x_t of a calibration sequence (T tokens) gets a weight r_t, the same for all layers of a block, and the
+layer-wise objective becomes sum_t w_t ||(W - W^) x_t||^2, so that GPTQ works on
 
     H = 2/n sum over n sequences of sum_t w_t x_t x_t^T             w = T r^p / sum r^p         (p = `power`)
-    r = r_min + (c - min c) / (max c - min c) (r_max - r_min)       over the tokens of one sequence; r = r_max if all c are one
+    r = r_min + (c - min c) / (max c - min c) (r_max - r_min)    over one sequence; r_max if all c are equal
 
 What importance c is:
 
@@ -16,17 +16,18 @@ What importance c is:
     positions     1 for the first tokens (`first`), 0 for the others
     uniform       all are one: plain GPTQ
 
-Blocks are done in order, each on what the rounded ones before it give, its weights taken before it is rounded itself. Before
-all that the model is rotated (`rotate`), which changes nothing but evens out the columns.
+Blocks are done in order, each on what the rounded ones before it give, its weights taken before it is rounded itself.
+Before all that the model is rotated (`rotate`), which changes nothing but evens out the columns.
 
 Source: "RSQ: Learning from Important Tokens Leads to Better Quantized LLMs", Sung, Yadav, Li, Yoon, Bansal, 2025, arXiv
-2503.01820. Official code: ylsung/rsq, Apache-2.0. We differ from it: attention is watched at the call of the softmax or of
-the fused attention, whatever the class, so no eager attention is needed; equal importances give equal weights (official
-divides by zero); the paper's text multiplies features by r (`power` 2), its code by sqrt(r), which is our default.
+2503.01820. Official code: ylsung/rsq, Apache-2.0. We differ from it: attention is watched at the call of the softmax or
+of the fused attention, whatever the class, so no eager attention is needed; equal importances give equal weights
+(official divides by zero); the paper's text multiplies features by r (`power` 2), its code by sqrt(r), which is our
+default.
 
-Nothing remains at inference but the online transforms of `rotate`. Use it at 3 bits and below on language models; with one
-token or data unlike the later use it cannot help. The first token takes most of the attention, so r_min decides how much
-the others count.
+Nothing remains at inference but the online transforms of `rotate`. Use it at 3 bits and below on language models; with
+one token or data unlike the later use it cannot help. The first token takes most of the attention, so r_min decides how
+much the others count.
 
 Example:
     >>> import torch

@@ -73,8 +73,8 @@ def test_rounding_against_a_search(name: str, rounding: str) -> None:
         elif rounding == "away":
             want = max(nearest.tolist(), key=abs)
         else:
-            step = 2.0 ** (max(element.emin if element.exponent else 0, 0 if not element.exponent else
-                               int(torch.frexp(torch.tensor(abs(held), dtype=torch.float64)).exponent) - 1) - element.mantissa)  # fmt: skip
+            power = int(torch.frexp(torch.tensor(abs(held), dtype=torch.float64)).exponent) - 1
+            step = 2.0 ** ((max(element.emin, power) if element.exponent else 0) - element.mantissa)
             want = next(n for n in nearest.tolist() if round(n / step) % 2 == 0)
         assert y == want, (v, rounding)
 

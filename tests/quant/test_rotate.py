@@ -1,4 +1,4 @@
-"""`rotate`: whole models stay what they are, outliers do not, ties, cooperation with packing, the recorded transforms."""
+"""`rotate`: whole models stay what they are, outliers do not, ties, packing afterwards, the recorded transforms."""
 
 from __future__ import annotations
 
