@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from laconic.errors import BadInput, Impossible
 
@@ -108,40 +109,93 @@ def bisect(
         Impossible: not even every unit at options[0] reaches it.
         BadInput: an order that is not one of the units, or no options.
     """
-    if not options:
-        raise BadInput("bisect: at least one option is needed, the one that every unit begins with")
-    units = len(order)
-    together = {unit: list(group) for group in tied for unit in group}
-    groups = [together.get(unit, [unit]) for unit in range(units)]
-    groups = [group for unit, group in enumerate(groups) if min(group) == unit]
-    going = [groups[place] for place in _places(order, groups, units)]
+    search = Bisection(order, options, least, tied=tied)
     trials: list[tuple[tuple[int, ...], float]] = []
-
-    def passes(choice: tuple[int, ...]) -> bool:
-        known = dict(trials)
-        if choice not in known:
-            known[choice] = float(evaluate(choice))
-            trials.append((choice, known[choice]))
-        return known[choice] >= least
-
-    choice, moved, verified = (options[0],) * units, [], False
-    for option in options[1:]:
-        low, high, best = 0, len(going), choice
-        while low < high:
-            middle = (low + high + 1) // 2
-            tried = _with(choice, going[:middle], option)
-            if passes(tried):
-                low, best, verified = middle, tried, True
-            else:
-                high = middle - 1
-        choice, going = best, going[:low]
-        moved.append(sum(map(len, going)))
-    if not verified and not passes(choice):
+    while asked := search.ask():
+        trials.append((asked[0], float(evaluate(asked[0]))))
+        search.tell(*trials[-1])
+    choice = search.best()
+    if choice is None:
         raise Impossible(
-            f"bisect: with option {options[0]} for every unit the result is {dict(trials)[choice]:.6g}, "
+            f"bisect: with option {options[0]} for every unit the result is {trials[-1][1]:.6g}, "
             f"and {least:.6g} is asked for"
         )
-    return Bisected(choice, dict(trials)[choice], tuple(moved), tuple(trials))
+    return Bisected(choice, dict(trials)[choice], tuple(search.moved), tuple(trials))
+
+
+class Bisection:
+    """`bisect` step by step: ask for a choice, evaluate it, tell the result. Arguments are those of `bisect`.
+
+    Attributes:
+        moved: units that went down at each level that is done.
+    """
+
+    def __init__(
+        self, order: Sequence[int], options: Sequence[int], least: float, *, tied: Sequence[Sequence[int]] = ()
+    ):
+        if not options:
+            raise BadInput("bisect: at least one option is needed, the one that every unit begins with")
+        units = len(order)
+        together = {unit: sorted(group) for group in tied for unit in group}
+        groups = [group for unit in range(units) if (group := together.get(unit, [unit]))[0] == unit]
+        self.options, self.least = tuple(options), least
+        self._going = [groups[place] for place in _places(order, groups, units)]
+        self.moved: list[int] = []
+        self._low, self._high = 0, len(self._going)
+        self._base = self._passed = (self.options[0],) * units
+        self._verified = self._failed = False
+        self._settle()
+
+    def ask(self) -> list[tuple[int, ...]]:
+        """The choice to evaluate next; none when it is done."""
+        if len(self.moved) < len(self.options) - 1:
+            return [self._tried()]
+        return [] if self._verified or self._failed else [self._base]
+
+    def tell(self, choice: tuple[int, ...], result: float) -> None:
+        """What the evaluation of the choice that was asked for gave."""
+        passes, searching = result >= self.least, len(self.moved) < len(self.options) - 1
+        self._verified = self._verified or passes
+        if not searching:
+            self._failed = not passes
+        elif passes:
+            self._low, self._passed = self._middle, choice
+        else:
+            self._high = self._middle - 1
+        self._settle()
+
+    def best(self) -> tuple[int, ...] | None:
+        """The last choice that passed, which is the smallest; None before one did."""
+        return self._passed if self._verified else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that going on needs."""
+        return {
+            "going": len(self._going), "moved": list(self.moved), "low": self._low, "high": self._high,
+            "base": list(self._base), "passed": list(self._passed), "verified": self._verified, "failed": self._failed,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, of a search that was made with the same arguments."""
+        del self._going[state["going"] :]
+        self.moved, self._low, self._high = list(state["moved"]), state["low"], state["high"]
+        self._base, self._passed = tuple(state["base"]), tuple(state["passed"])
+        self._verified, self._failed = state["verified"], state["failed"]
+
+    @property
+    def _middle(self) -> int:
+        return (self._low + self._high + 1) // 2
+
+    def _tried(self) -> tuple[int, ...]:
+        return _with(self._base, self._going[: self._middle], self.options[len(self.moved) + 1])
+
+    def _settle(self) -> None:
+        """Go to the next level where this one is decided."""
+        while len(self.moved) < len(self.options) - 1 and self._low >= self._high:
+            del self._going[self._low :]
+            self._base = self._passed
+            self.moved.append(sum(map(len, self._going)))
+            self._low, self._high = 0, len(self._going)
 
 
 def _with(choice: tuple[int, ...], groups: Sequence[Sequence[int]], option: int) -> tuple[int, ...]:

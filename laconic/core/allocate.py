@@ -20,7 +20,8 @@ of the costs:
 
 with x* the optimum: more budget never costs more, up to the gap, unless the node limit ended the search.
 
-Where costs of units do not add up, `bisect` moves units by an order as far as real evaluations allow. `frontier` gives
+Where costs of units do not add up, `bisect` moves units by an order as far as real evaluations allow (`Bisection`
+is the same step by step). `frontier` gives
 the corners of the lower convex hull of all (size, cost) that are reachable, by greedy ratios: the same problem with
 fractional choices, for plots and as a safe answer. `allocate_within` bounds several things at once.
 """
@@ -37,11 +38,11 @@ from scipy.sparse import csr_array
 from laconic.errors import BadInput, Impossible
 
 from ._options import Option, Point, Table, checked, number, per_unit, walk
-from ._orders import Bisected, bisect, greedy, threshold
+from ._orders import Bisected, Bisection, bisect, greedy, threshold
 from ._pareto import POINTS, dynamic
 from ._program import COST_SCALE, SIZE_SCALE, improved, quiet
 
-__all__ = ["SOLVERS", "Bisected", "Point", "allocate", "allocate_within", "bisect", "frontier", "pareto"]
+__all__ = ["SOLVERS", "Bisected", "Bisection", "Point", "allocate", "allocate_within", "bisect", "frontier", "pareto"]
 
 SOLVERS = ("program", "pareto", "greedy", "threshold")
 
