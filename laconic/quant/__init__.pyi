@@ -4,6 +4,12 @@ from ._awq import clipped_round as clipped_round
 from ._awq import search_scale as search_scale
 from ._bias_correction import BiasCorrection as BiasCorrection
 from ._bias_correction import bias_correction as bias_correction
+from ._bitplane import Bipolar as Bipolar
+from ._bitplane import BitPlaneLinear as BitPlaneLinear
+from ._bitplane import affine_product as affine_product
+from ._bitplane import bipolar_of_affine as bipolar_of_affine
+from ._bitplane import bitplane_matmul as bitplane_matmul
+from ._bitplane import pack_bitplanes as pack_bitplanes
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
 from ._calibrated import solve_calibrated as solve_calibrated
