@@ -38,6 +38,13 @@ from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
+from ._quant_study import QuantStudy as QuantStudy
+from ._quant_study import StudyFinding as StudyFinding
+from ._quant_study import in_format as in_format
+from ._quant_study import requantized_scales as requantized_scales
+from ._quant_study import tempered as tempered
+from ._quant_study import tempered_kl as tempered_kl
+from ._quant_study import top_k_overlap as top_k_overlap
 from ._rtn import RTN as RTN
 from ._rtn import Solved as Solved
 from ._rtn import round_to_nearest as round_to_nearest
