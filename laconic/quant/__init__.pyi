@@ -13,6 +13,14 @@ from ._bitplane import pack_bitplanes as pack_bitplanes
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
 from ._calibrated import solve_calibrated as solve_calibrated
+from ._fliqs import REWARDS as REWARDS
+from ._fliqs import Fliqs as Fliqs
+from ._fliqs import FliqsPolicy as FliqsPolicy
+from ._fliqs import Switched as Switched
+from ._fliqs import entropy_weight as entropy_weight
+from ._fliqs import fake_format as fake_format
+from ._fliqs import power_reward as power_reward
+from ._fliqs import tunas_abs as tunas_abs
 from ._gptq import GPTQ as GPTQ
 from ._gptq import Factor as Factor
 from ._gptq import Hessian as Hessian
