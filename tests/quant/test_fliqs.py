@@ -195,7 +195,8 @@ def test_what_is_refused() -> None:
     for given, message in (
         ({"options": (4, 4)}, "different ones"), ({"options": (1, 4)}, "1 is no format"),
         ({"options": ("e5m9",)}, "'e5m9' is no format"), ({"granularity": "head"}, "layer, block or model"),
-        ({"cost": "compute"}, "needs an example"), ({"input_scale": "channel"}, "tensor or token"), ({"skip": ("0", "3", "4")}, "no linear or convolution layer"),
+        ({"cost": "compute"}, "needs an example"), ({"input_scale": "channel"}, "tensor or token"),
+        ({"skip": ("0", "3", "4")}, "no linear or convolution layer"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             Switched(model, **given)
