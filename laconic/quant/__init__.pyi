@@ -44,6 +44,12 @@ from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
 from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
+from ._lpgnas import FixedPoint as FixedPoint
+from ._lpgnas import PathChoice as PathChoice
+from ._lpgnas import QuantSpace as QuantSpace
+from ._lpgnas import SearchedFormats as SearchedFormats
+from ._lpgnas import fixed_point as fixed_point
+from ._lpgnas import search_formats as search_formats
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
 from ._quant_study import QuantStudy as QuantStudy
@@ -60,6 +66,13 @@ from ._scale_tuning import Tuned as Tuned
 from ._scale_tuning import refine_codes as refine_codes
 from ._scale_tuning import tune as tune
 from ._scale_tuning import tune_scales as tune_scales
+from ._simq_nas import Linas as Linas
+from ._simq_nas import Predictor as Predictor
+from ._simq_nas import bit_choices as bit_choices
+from ._simq_nas import crowding as crowding
+from ._simq_nas import front_ranks as front_ranks
+from ._simq_nas import hypervolume as hypervolume
+from ._simq_nas import nsga2 as nsga2
 from ._smoothquant import Smoothed as Smoothed
 from ._smoothquant import SmoothQuant as SmoothQuant
 from ._smoothquant import apply_smooth as apply_smooth

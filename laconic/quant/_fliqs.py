@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from laconic.errors import BadInput
 from laconic.numerics import TABLES
 
 from ._rounded import CONVOLUTIONS, call
+from ._spaces import HasSizes
 
 SCHEDULES = ("cosine", "linear", "heaviside", "constant")
 FLOATS = {"e4m3": 8, "e2m1": 4}  # bits
@@ -155,15 +156,6 @@ def bits_of(fmt: Format) -> tuple[int, int]:
 
 
 # --- the policy, a search ---------------------------------------------------------------------------
-
-
-class HasSizes(Protocol):
-    """The space, as far as it is needed; `laconic.search.Space` is one."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many values each decision has."""
-        ...
 
 
 class FliqsPolicy:

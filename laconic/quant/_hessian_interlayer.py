@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from laconic.errors import BadInput
 from laconic.numerics import Scheme
 
 from ._rounded import Weight, batches_of, call, evaluating, rounded, scheme_of, tensor_of, weights_of
+from ._spaces import HasSizes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -303,15 +304,6 @@ def bisect_bits(
         range(len(names)), range(len(bits)), lambda choice: evaluate(of(choice)), tolerance * baseline
     )
     return BisectedBits(of(found.choice), found.result, first + [(of(c), value) for c, value in found.trials])
-
-
-class HasSizes(Protocol):
-    """The space, as far as it is needed; `laconic.search.Space` is one."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many values each decision has."""
-        ...
 
 
 class BisectionSearch(Bisection):

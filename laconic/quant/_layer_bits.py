@@ -39,7 +39,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from laconic.core.structure import Structure
 from laconic.errors import BadInput
 
 from ._rounded import Weight, batches_of, call, evaluating, tensor_of, weights_of
+from ._spaces import HasSizes
 
 # --- mathematics ------------------------------------------------------------------------------------
 
@@ -247,15 +248,6 @@ def _turned(model: nn.Module, blocks: Sequence[str], batches: Sequence[Any]) -> 
 
 
 # --- the search -------------------------------------------------------------------------------------
-
-
-class HasSizes(Protocol):
-    """The space, as far as it is needed; `laconic.search.Space` is one."""
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many values each decision has."""
-        ...
 
 
 class OrderSweep:
