@@ -55,7 +55,6 @@ from ._products import no_fast_products as no_fast_products
 from ._quant_study import QuantStudy as QuantStudy
 from ._quant_study import StudyFinding as StudyFinding
 from ._quant_study import in_format as in_format
-from ._quant_study import requantized_scales as requantized_scales
 from ._quant_study import tempered as tempered
 from ._quant_study import tempered_kl as tempered_kl
 from ._quant_study import top_k_overlap as top_k_overlap

@@ -47,6 +47,7 @@ from torch.nn.utils import parametrize
 
 from laconic.core.allocate import allocate
 from laconic.core.card import Card
+from laconic.core.fake_quant import code_range, pass_through
 from laconic.core.hooks import Hook, Run
 from laconic.errors import BadInput
 from laconic.numerics import TABLES
@@ -126,7 +127,7 @@ def fake_format(x: Tensor, fmt: int | str, *, share: str = "tensor", clip: float
         top = top.clamp(min=1e-8)
         parts = [i / 10 for i in range(10, 0, -1)] if clip is None else [clip]
         rounded = min((_rounded_to(x, fmt, top * part) for part in parts), key=lambda y: float((y - x).square().sum()))
-    return x + (rounded - x).detach()
+    return pass_through(x, rounded)
 
 
 def _rounded_to(x: Tensor, fmt: int | str, top: Tensor) -> Tensor:
@@ -137,9 +138,9 @@ def _rounded_to(x: Tensor, fmt: int | str, top: Tensor) -> Tensor:
     if fmt == "e2m1":
         levels = torch.tensor(sorted({abs(v) for v in TABLES["fp4"]}), dtype=x.dtype, device=x.device)
         return torch.sign(x) * levels[torch.bucketize(x.abs() / top, (levels[1:] + levels[:-1]) / 2)] * top
-    high = 2 ** (int(fmt) - 1) - 1
+    low, high = code_range(int(fmt))
     s = top / high
-    return (x / s).round().clamp(-high - 1, high) * s
+    return (x / s).round().clamp(low, high) * s
 
 
 def bits_of(fmt: Format) -> tuple[int, int]:

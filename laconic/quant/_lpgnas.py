@@ -35,7 +35,7 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.core.card import Card
+from laconic.core.fake_quant import code_range, fake_quant_ste, pass_through
 from laconic.errors import BadInput
 
 # --- mathematics ------------------------------------------------------------------------------------
@@ -51,10 +52,8 @@ from laconic.errors import BadInput
 
 def fixed_point(x: Tensor, int_bits: int, frac_bits: int, *, signed: bool = True) -> Tensor:
     """q(x) with the clipped straight-through gradient; `int_bits` counts the sign."""
-    total, step = int_bits + frac_bits, 2.0**-frac_bits
-    low, high = (-(2.0 ** (total - 1)), 2.0 ** (total - 1) - 1) if signed else (0.0, 2.0**total - 1)
-    kept = x.clamp(low * step, high * step)
-    return kept + ((kept / step).round() * step - kept).detach()
+    low, high = code_range(int_bits + frac_bits, signed=signed)
+    return fake_quant_ste(x, 2.0**-frac_bits, 0.0, low, high)
 
 
 def scaled_signs(x: Tensor, *, ternary: bool = False) -> Tensor:
@@ -67,7 +66,7 @@ def scaled_signs(x: Tensor, *, ternary: bool = False) -> Tensor:
         kept = size > 0.7 * size.mean() if ternary else torch.ones_like(x, dtype=torch.bool)
         scale = (size * kept).sum() / kept.sum().clamp(min=1)
         rounded = torch.where(kept, torch.where(x < 0, -scale, scale), torch.zeros_like(x))
-    return x + (rounded - x).detach()
+    return pass_through(x, rounded)
 
 
 # --- layers -----------------------------------------------------------------------------------------
@@ -82,13 +81,15 @@ class FixedPoint(nn.Module):
         signed: else from 0.
 
     Raises:
-        BadInput: no bit at all, or more than 24, which float32 does not hold.
+        BadInput: no bit beside the sign, or more than 24, which float32 does not hold.
     """
 
     def __init__(self, int_bits: int, frac_bits: int, *, signed: bool = True):
         super().__init__()
-        if not 1 <= int_bits + frac_bits <= 24 or min(int_bits, frac_bits) < 0:
-            raise BadInput(f"FixedPoint: {int_bits} and {frac_bits} bits: 1 to 24 in all, and none negative")
+        if not 1 + signed <= int_bits + frac_bits <= 24 or min(int_bits, frac_bits) < 0:
+            raise BadInput(
+                f"FixedPoint: {int_bits} and {frac_bits} bits: 1 to 24 in all, signed ones 2 at least, and none negative"
+            )
         self.int_bits, self.frac_bits, self.signed = int_bits, frac_bits, signed
 
     @property
@@ -293,7 +294,7 @@ class SearchedFormats:
 def search_formats(
     searched: SearchedFormats, train_loss: Callable[[], Tensor], held_out_loss: Callable[[], Tensor], *, steps: int,
     beta: float, lr: float = 1e-2, choice_lr: float = 5e-2, every: int = 1, noise: float = 1.0,
-) -> list[Mapping[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:  # fmt: skip
     """Train weights and choices in turns, and keep the likeliest options in the end.
 
     Args:
@@ -315,7 +316,7 @@ def search_formats(
     """
     weights = torch.optim.Adam(searched.weights(), lr=lr)
     logits = torch.optim.Adam(searched.logits(), lr=choice_lr)
-    history = []
+    history: list[dict[str, float]] = []
     for step in range(steps):
         searched.model.train()
         searched.set_noise(noise * (1 - step / steps))

@@ -14,12 +14,12 @@ Dividing logits by T multiplies their error by 1/T, so KL rises as T falls, unti
 
 All formats draw the same random numbers for the same prompt and seed, so differences are the format's. The interval of a
 KL is over prompts. Formats are really packed: `int8` is LLM.int8, whose speed is that of its decomposition and says
-nothing about 8 bits as such; `nf4` and `fp4` have a float32 scale for each 64 weights of a row, `-dq` has these scales in
-8 bits, 256 together. Embeddings and the output layer stay float.
+nothing about 8 bits as such; `nf4` and `fp4` are those of bitsandbytes with a float32 scale for each 64 weights of a row, and
+`-dq` has these scales in 8 bits, 256 together (`laconic.numerics.nested`). Embeddings and the output layer stay float.
 
 Source: "Understanding the Impact of Post-Training Quantization on Large Language Models", Roy, 2023, arXiv 2309.05210; no
-code was found, and how texts were judged is not known: the measures are ours. `fp4` is the float e2m1 of the OCP formats,
-where bitsandbytes has another table of 16 levels; its second quantization rounds to a table as well, ours to integers.
+code was found, and how texts were judged is not known: the measures are ours. In bitsandbytes the 64
+weights run on over the ends of rows.
 
 Use it before a decoding setting that was tuned on the float model is kept. It costs the formats times temperatures times
 seeds many generations, without a cache: give few and short prompts, of which 32 times 4 seeds keep the noise low.
@@ -51,6 +51,7 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units
 from laconic.errors import BadInput
 from laconic.numerics import Scheme
+from laconic.numerics.nested import nest
 
 from ._llm_int8 import LLMInt8
 from ._rounded import evaluating, tensor_of
@@ -121,20 +122,6 @@ def write(
     return texts[:, prompts.shape[1] :]
 
 
-def requantized_scales(scale: Tensor, block: int = SECOND) -> Tensor:
-    """Scales in 8 bits: mean + s2 * round((scale - mean) / s2), with one s2 = max|.| / 127 for each so many of them.
-
-    They are never below the smallest scale, which keeps them positive.
-    """
-    flat = scale.flatten().float()
-    mean = flat.mean()
-    padded = torch.nn.functional.pad(flat - mean, (0, -len(flat) % block)).view(-1, block)
-    step = padded.abs().amax(1, keepdim=True) / 127
-    step = torch.where(step > 0, step, 1.0)
-    rounded = ((padded / step).round() * step).flatten()[: len(flat)] + mean
-    return rounded.clamp(min=flat.min()).view_as(scale).to(scale.dtype)
-
-
 # --- formats ----------------------------------------------------------------------------------------
 
 
@@ -170,7 +157,7 @@ def in_format(model: nn.Module, name: str, prompts: Tensor, skip: Sequence[str] 
         _pack(LLMInt8(skip=tuple(skip)), made, prompts, skip, second=False)
     elif name != "float":
         base, _, second = name.partition("-dq")
-        text = {"nf4": "levelsnf4", "fp4": "levelsfp4"}.get(base)
+        text = {"nf4": "levelsnf4", "fp4": "levelsfp4_bnb"}.get(base)
         try:
             scheme = Scheme.parse(name if text is None else f"v1/{text}/group{BLOCK}/float32/minmax/znone/nearest")
         except ValueError as error:
@@ -195,8 +182,9 @@ def _pack(method: Any, model: nn.Module, prompts: Tensor, skip: Sequence[str], *
         record: Record = method.solve(path, decision, ctx)
         if second:
             scale = record.tensors["scale"]
-            record.tensors["scale"] = requantized_scales(scale)
-            saved += 3 * scale.numel() - 4 * (-(-scale.numel() // SECOND) + 1)
+            nested = nest(scale, SECOND, name=path)
+            record.tensors["scale"] = nested.scales().view_as(scale)
+            saved += scale.nbytes - nested.nbytes
         if isinstance(method, LLMInt8):
             method.apply(model, record)
         else:
@@ -342,6 +330,7 @@ CARD = Card(
     use="Before a temperature or top-k that was tuned on the float model is kept for the quantized one.",
     avoid="To compare perplexities of formats alone: `laconic compare` does that on more data.",
     composes=("llm_int8", "rtn"),
+    vectors=("formats",),
     code="none found",
     claim={
         "text": "At temperatures from .5 to .8 a language model in nf4 stays nearer to its original than in fp4.",

@@ -209,7 +209,8 @@ class Predictor:
 
 def front_ranks(points: np.ndarray) -> np.ndarray:
     """Front (n,) of each point (n, objectives), all to be maximized: 0 for what nothing beats, 1 for what that beats."""
-    better = (points[:, None] >= points[None]).all(2) & (points[:, None] > points[None]).any(2)
+    one, other = points[:, None], points[None]
+    better = np.all(one >= other, axis=2) & np.any(one > other, axis=2)
     ranks, beaten_by, rank = np.full(len(points), -1), better.sum(0), 0
     while (ranks < 0).any():
         now = (beaten_by == 0) & (ranks < 0)
