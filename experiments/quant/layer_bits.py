@@ -13,15 +13,15 @@ from laconic.quant._rounded import rounded, scheme_of, weights_of
 from laconic.tasks.small import small
 from laconic.tasks.small.networks import CharacterModel
 
-WINDOWS, CALIBRATION = 2500, 64
-LAYERS, GROUP, HIGH, LOW = 6, 32, 4, 2
+WINDOWS, CALIBRATION = 1600, 64
+LAYERS, WIDTH, GROUP, HIGH, LOW = 6, 32, 32, 4, 2
 
 
 def run(arm: str, seed: int, quick: bool = False) -> float:
     """Bits per character, the mean over one to all but one blocks at 2 bits; `quick` shows nothing."""
     task = small("chars", seed=seed, size=64 if quick else WINDOWS)
     torch.manual_seed(seed)
-    model = CharacterModel(len(task.alphabet) + 1, 64, layers=LAYERS)
+    model = CharacterModel(len(task.alphabet) + 1, 64, width=WIDTH, layers=LAYERS)
     task.train(model, seed)
     model.eval()
     found = LayerBits()(model, task.data["train"].columns[0][:CALIBRATION])
