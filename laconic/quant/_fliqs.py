@@ -202,7 +202,7 @@ class FliqsPolicy:
         self._there = torch.arange(widest) < torch.tensor(self.sizes)[:, None]
         self.logits = torch.full((len(self.sizes), widest), init)
         self._moments = (torch.zeros_like(self.logits), torch.zeros_like(self.logits))
-        self.step, self.baseline = 0, math.nan
+        self.step, self.baseline, self._updates = 0, math.nan, 0
         self._generator = torch.Generator().manual_seed(seed)
         self._best: tuple[int, ...] | None = None
         self._result = -math.inf
@@ -239,7 +239,8 @@ class FliqsPolicy:
             entropy = -(p * safe).sum(-1).mean()
             loss = -advantage * drawn + entropy_weight(t, **self._lambda) * entropy  # type: ignore[arg-type]
             (gradient,) = torch.autograd.grad(loss, logits)
-        (b1, b2), steps = self.betas, t - self.delay + 1
+        self._updates += 1
+        (b1, b2), steps = self.betas, self._updates
         first, second = self._moments
         first.lerp_(gradient, 1 - b1)
         second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
@@ -265,13 +266,14 @@ class FliqsPolicy:
         """All that going on needs."""
         return {
             "logits": self.logits.clone(), "moments": [m.clone() for m in self._moments], "step": self.step,
-            "baseline": self.baseline, "generator": self._generator.get_state(), "result": self._result,
+            "updates": self._updates, "baseline": self.baseline, "generator": self._generator.get_state(), "result": self._result,
             "best": None if self._best is None else list(self._best),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.logits, self.step, self.baseline = state["logits"].clone(), state["step"], state["baseline"]
+        self._updates = state["updates"]
         first, second = state["moments"]
         self._moments = (first.clone(), second.clone())
         self._generator.set_state(state["generator"])
