@@ -44,10 +44,9 @@ from torch import Tensor, nn
 
 from laconic.core.card import Card
 from laconic.core.depth import Batch, Block, Visit, blocks_of, losses, resting, rows, watched
+from laconic.core.figure import chart
 from laconic.core.outputs import main_output
 from laconic.errors import BadInput
-
-from ._figure import chart
 
 __all__ = ["DepthUsefulness", "UsefulnessFinding", "angular_distance"]
 
