@@ -299,7 +299,7 @@ def convert(model: nn.Module, *, method: str = "qat") -> list[Record]:
         raise BadInput(
             f"{type(model).__name__} has no weight that was trained to be packed: see laconic.core.qat.prepare"
         )
-    solved = {}
+    solved: dict[str, tuple[Any, PackableWeight, Codes]] = {}
     for path, (module, last) in layers.items():
         name = f"{path}.weight" if path else "weight"
         with torch.no_grad():
