@@ -3,7 +3,7 @@
 - `nf4`, NormalFloat (Dettmers et al., QLoRA, arXiv 2305.14314): quantiles of a normal distribution, half of them for
   each side of an exact 0, code 7. With Q its quantile function and d = 0.9677083 (the mean of 1 - 1/30 and 1 - 1/32),
   the levels are -Q(p) for 8 numbers p from d to 1/2 and Q(p) for 9 numbers p from 1/2 to d, evenly spaced, over Q(d).
-- `nf2` and `nf3`, the same of fewer bits b: 2^(b-1) numbers on the negative side, 2^(b-1) + 1 on the other.
+- `nf2`, `nf3` and `nf8`, the same of b bits: 2^(b-1) numbers on the negative side, 2^(b-1) + 1 on the other.
 - `fp4`, the float with one sign, two exponent and one mantissa bit (e2m1, OCP Microscaling Formats 1.0): 0, 1/2, 1,
   3/2, 2, 3, 4 and 6, over 6. The code is the float's own bit pattern, so 8 is -0, which rounding never gives.
 
@@ -57,6 +57,7 @@ def normal_float(bits: int, offset: float = OFFSET, *, extra: bool = True) -> tu
 TABLES: dict[str, tuple[float, ...]] = {
     "nf2": normal_float(2),
     "nf3": normal_float(3),
+    "nf8": normal_float(8),
     "nf4": _NF4,
     "fp4": tuple(_float32(sign * x / 6) for sign in (1, -1) for x in _E2M1),
     "fp4_bnb": tuple(_float32(sign * x / 12) for sign in (1, -1) for x in _BNB),

@@ -18,6 +18,15 @@ from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
 from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
+from ._lq_lora import Decomposed as Decomposed
+from ._lq_lora import LQLoRA as LQLoRA
+from ._lq_lora import NFConfig as NFConfig
+from ._lq_lora import allocate_bits as allocate_bits
+from ._lq_lora import configurations as configurations
+from ._lq_lora import fisher_information as fisher_information
+from ._lq_lora import low_rank as low_rank
+from ._lq_lora import lq_decompose as lq_decompose
+from ._lq_lora import lq_lora_ as lq_lora_
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
 from ._qlora import NF4 as NF4
