@@ -7,6 +7,11 @@ from ._bias_correction import bias_correction as bias_correction
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
 from ._calibrated import solve_calibrated as solve_calibrated
+from ._codebook_features import CodebookLayer as CodebookLayer
+from ._codebook_features import add_codebooks_ as add_codebooks_
+from ._codebook_features import nearest_codes as nearest_codes
+from ._codebook_features import recorded_codes as recorded_codes
+from ._codebook_features import snap as snap
 from ._gptq import GPTQ as GPTQ
 from ._gptq import Factor as Factor
 from ._gptq import Hessian as Hessian
