@@ -32,6 +32,10 @@ from ._lq_lora import fisher_information as fisher_information
 from ._lq_lora import low_rank as low_rank
 from ._lq_lora import lq_decompose as lq_decompose
 from ._lq_lora import lq_lora_ as lq_lora_
+from ._mesa import MaskReLU as MaskReLU
+from ._mesa import SavedTensorQuant as SavedTensorQuant
+from ._mesa import group_axis as group_axis
+from ._mesa import mask_relus_ as mask_relus_
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
 from ._qlora import NF4 as NF4
