@@ -57,6 +57,13 @@ from ._scale_tuning import Tuned as Tuned
 from ._scale_tuning import refine_codes as refine_codes
 from ._scale_tuning import tune as tune
 from ._scale_tuning import tune_scales as tune_scales
+from ._shiftquant import IntConv2d as IntConv2d
+from ._shiftquant import IntLinear as IntLinear
+from ._shiftquant import IntRounding as IntRounding
+from ._shiftquant import ShiftCodes as ShiftCodes
+from ._shiftquant import int_codes as int_codes
+from ._shiftquant import shift_codes as shift_codes
+from ._shiftquant import to_integer_ as to_integer_
 from ._smoothquant import Smoothed as Smoothed
 from ._smoothquant import SmoothQuant as SmoothQuant
 from ._smoothquant import apply_smooth as apply_smooth
