@@ -182,9 +182,11 @@ class FakeInput(nn.Module):
         self._ready = True
 
     def get_extra_state(self) -> Tensor:
+        """Whether the scale is known yet, for the state dict."""
         return torch.tensor(self._ready)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
         self._ready = bool(state)
 
     def extra_repr(self) -> str:

@@ -177,9 +177,11 @@ def nest(module: nn.Module, name: str, how: NestedScales, stored: dict[str, Tens
 def _nested_class(cls: type, names: frozenset[str]) -> type:
     key = (cls, names)
     if key not in _CLASSES:
-        body: dict[str, Any] = {
-            f"{name}_scale": property(lambda self, name=name: self.nested_scale(name)) for name in names
-        }
+        body: dict[str, Any] = {f"{name}_scale": _scale_property(name) for name in names}
         bases = (cls,) if issubclass(cls, _Nested) else (_Nested, cls)
         _CLASSES[key] = type(cls.__name__, bases, body)
     return _CLASSES[key]
+
+
+def _scale_property(name: str) -> property:
+    return property(lambda self: self.nested_scale(name))

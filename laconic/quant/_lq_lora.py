@@ -462,8 +462,9 @@ def lq_lora_(
     """
     chosen, _ = linear_layers(model, select)
     fisher = {} if fisher is None else dict(fisher)
-    usual = config if isinstance(config, NFConfig) else None
-    options = [usual] if usual is not None else (configurations() if configs is None else list(configs))
+    options = configurations() if configs is None else list(configs)
+    if isinstance(config, NFConfig):
+        options = [config]
     shared = _shared(model)
     taken: dict[str, PackedParameterSpec] = {}
     for path in chosen:
@@ -479,13 +480,13 @@ def lq_lora_(
     values = {name: model.get_parameter(name).detach() for name in taken}
     views = {name: matrix_view(value, taken[name].view) for name, value in values.items()}
     try:
-        if usual is not None:
-            found = dict.fromkeys(taken, usual)
+        if isinstance(config, NFConfig):
+            found = dict.fromkeys(taken, config)
         else:
             seen = {name: matrix_view(fisher[name], taken[name].view) for name in taken if name in fisher}
             found = allocate_bits(
                 views,
-                float(config),
+                config,
                 rank,
                 options,
                 seen,

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from laconic.core.card import Card
 from laconic.core.fake_quant import rounded
@@ -227,7 +228,8 @@ class _Integer(nn.Module):
                 f"{type(self).__name__}: gradients={gradients!r}, rounding={rounding!r}: one of {', '.join(MODES)}, and "
                 f"of {', '.join(ROUNDINGS)}"
             )
-        self.bits, self.shift_groups, self.gradients, self.rounding = tuple(bits), shift_groups, gradients, rounding
+        self.bits: Bits = (bits[0], bits[1], bits[2])
+        self.shift_groups, self.gradients, self.rounding = shift_groups, gradients, rounding
 
     def _int_repr(self) -> str:
         return f"bits={self.bits}, shift_groups={self.shift_groups}, gradients={self.gradients!r}"
@@ -290,7 +292,7 @@ class IntConv2d(_Integer, nn.Conv2d):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-        groups: int = 1, bias: bool = True, padding_mode: str = "zeros", bits: Bits = (6, 6, 6), shift_groups: int = 4,
+        groups: int = 1, bias: bool = True, padding_mode: Any = "zeros", bits: Bits = (6, 6, 6), shift_groups: int = 4,
         rounding: str = "stochastic", *, gradients: str = "shift", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):  # fmt: skip
@@ -311,8 +313,8 @@ class IntConv2d(_Integer, nn.Conv2d):
         how = _Layer(
             self.bits, self.shift_groups, self.gradients, self.rounding, 1,
             lambda x, w: F.conv2d(x, w, None, *geometry),
-            lambda g, w, shape: torch.nn.grad.conv2d_input(shape, w, g, *geometry),
-            lambda g, x, shape: torch.nn.grad.conv2d_weight(x, shape, g, *geometry),
+            lambda g, w, shape: conv2d_input(shape, w, g, *geometry),
+            lambda g, x, shape: conv2d_weight(x, shape, g, *geometry),
         )  # fmt: skip
         y = _Product.apply(x, _wide(self.weight), how)
         return (y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)).to(input.dtype)
