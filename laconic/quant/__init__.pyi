@@ -1,4 +1,17 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._adaquant import AdaQuant as AdaQuant
+from ._adaquant import AdaQuantized as AdaQuantized
+from ._adaquant import RangeQuantizer as RangeQuantizer
+from ._adaquant import Rates as Rates
+from ._adaquant import adaquant as adaquant
+from ._adaquant import adaquant_layer as adaquant_layer
+from ._adaquant import best_of_noise as best_of_noise
+from ._adaquant import bias_tune as bias_tune
+from ._adaquant import bn_tune as bn_tune
+from ._adaquant import compose as compose
+from ._adaquant import degradations as degradations
+from ._adaquant import integer_program as integer_program
+from ._adaquant import range_quantize as range_quantize
 from ._awq import AWQ as AWQ
 from ._awq import clipped_round as clipped_round
 from ._awq import search_scale as search_scale
@@ -14,6 +27,7 @@ from ._gptq import conv_inputs as conv_inputs
 from ._gptq import gptq_matrix as gptq_matrix
 from ._gptq import inverse_factor as inverse_factor
 from ._gptq import output_error as output_error
+from ._learned import pack_learned as pack_learned
 from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
 from ._llm_int8 import int8_rows as int8_rows
