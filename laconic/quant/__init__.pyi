@@ -32,6 +32,9 @@ from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
 from ._llm_int8 import int8_rows as int8_rows
 from ._llm_int8 import round_inputs as round_inputs
+from ._norm_tweak import NormTweak as NormTweak
+from ._norm_tweak import norm_tweak as norm_tweak
+from ._norm_tweak import tweak_block as tweak_block
 from ._products import fast_products as fast_products
 from ._products import no_fast_products as no_fast_products
 from ._rtn import RTN as RTN
