@@ -20,6 +20,14 @@ from ._bias_correction import bias_correction as bias_correction
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
 from ._calibrated import solve_calibrated as solve_calibrated
+from ._genie import AdaRound as AdaRound
+from ._genie import GenieRates as GenieRates
+from ._genie import InputQuantizer as InputQuantizer
+from ._genie import distilled_images as distilled_images
+from ._genie import genie_reconstruct as genie_reconstruct
+from ._genie import rectified_sigmoid as rectified_sigmoid
+from ._genie import rounding_penalty as rounding_penalty
+from ._genie import searched_range as searched_range
 from ._gptq import GPTQ as GPTQ
 from ._gptq import Factor as Factor
 from ._gptq import Hessian as Hessian
