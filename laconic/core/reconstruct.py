@@ -12,7 +12,8 @@ float model, or what it gives on the student's own inputs.
 
 - `Twins` walks teacher and student side by side, unit by unit: along a chain of blocks activations are carried, elsewhere
   the model runs from its start to the unit.
-- `reconstruct` is the training. With `keep_better` it never ends worse than it began, on the inputs it was given.
+- `reconstruct` is the training. With `keep_better` it ends with the best of what it
+  looked at on the way, on all inputs that it was given, and so never worse than it began.
 - `output_loss` and `channel_loss` compare outputs, `linear_decay` is a temperature's schedule.
 - What learns rounds softly while it trains, so it is told when: modules named as `learned` are in training mode during
   steps, and everything else stays in evaluation mode.
@@ -20,6 +21,7 @@ float model, or what it gives on the student's own inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ Inputs = Literal["float", "student", "both"]
 Targets = Literal["float", "same_input"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 ROWS = 256  # rows of a forward outside training
+LOOKS = 8  # at the loss on all inputs, during a training
 
 
 # --- what is compared -------------------------------------------------------------------------------
@@ -260,7 +263,8 @@ def reconstruct(
         penalty: added to the loss at a step: a regularizer, or None.
         mix: see `Calls.draw`.
         learned: modules that round softly in training mode.
-        keep_better: put everything back where the loss on all inputs did not fall.
+        keep_better: look at the loss on all inputs, rounded as in evaluation mode, `LOOKS` times on the way, and end with
+            the best, the start included. Rounding makes losses jump, so the last step is seldom the best.
         betas, eps: of Adam.
         seed: of rows, mixtures and whatever drops elements.
 
@@ -270,25 +274,24 @@ def reconstruct(
     if steps < 0 or (batch is not None and batch < 1):
         raise ValueError(f"reconstruct: steps={steps}, batch={batch}: no negative steps, and at least one row")
     trained = [p for group in groups for p in group.parameters]
-    start = [p.detach().clone() for p in trained]
     before = _whole(unit, calls, loss)
+    best = (before, [p.detach().clone() for p in trained])
+    used = [group for group in groups if group.parameters]
     optimizer = torch.optim.Adam(
-        [{"params": list(group.parameters), "lr": group.lr} for group in groups if group.parameters],
-        betas=betas,
-        eps=eps,
+        [{"params": list(group.parameters), "lr": group.lr} for group in used], betas=betas, eps=eps
     )
-    cosine = [group.schedule == "cosine" for group in groups if group.parameters]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [(lambda t: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * t / max(steps, 1))).item())) if falls
-                    else (lambda t: 1.0) for falls in cosine]
-    )  # fmt: skip
+        optimizer, [partial(_cosine, steps) if group.schedule == "cosine" else _constant for group in used]
+    )
+    interval = max(1, math.ceil(steps / LOOKS))
     losses: list[float] = []
-    with torch.random.fork_rng(devices=[]), _training(trained, learned):
+    with torch.random.fork_rng(devices=[]), _gradients(trained):
         torch.manual_seed(seed)
         for step in range(steps):
-            x, (args, kwargs), target = calls.draw(batch, mix)
-            value = loss(first_output(unit(x, *args, **kwargs)), target)
-            added = penalty(step) if penalty is not None else None
+            with _training(learned):
+                x, (args, kwargs), target = calls.draw(batch, mix)
+                value = loss(first_output(unit(x, *args, **kwargs)), target)
+                added = penalty(step) if penalty is not None else None
             value = value if added is None else value + added
             losses.append(float(value.detach()))
             if not torch.isfinite(value):
@@ -300,15 +303,27 @@ def reconstruct(
                 parameter.grad = gradient
             optimizer.step()
             scheduler.step()
+            if keep_better and (step + 1) % interval == 0 and step + 1 < steps:
+                now = _whole(unit, calls, loss)
+                if now < best[0]:
+                    best = (now, [p.detach().clone() for p in trained])
     for parameter in trained:
         parameter.grad = None
-    after = _whole(unit, calls, loss)
-    if keep_better and steps and not after <= before:
+    after = _whole(unit, calls, loss) if steps else before
+    if keep_better and not after <= best[0]:
+        after = best[0]
         with torch.no_grad():
-            for parameter, value in zip(trained, start, strict=True):
-                parameter.copy_(value)
-        after = before
+            for parameter, kept in zip(trained, best[1], strict=True):
+                parameter.copy_(kept)
     return Reconstructed(losses, before, after)
+
+
+def _cosine(steps: int, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+
+
+def _constant(step: int) -> float:
+    return 1.0
 
 
 @torch.no_grad()
@@ -322,19 +337,28 @@ def _whole(unit: Callable[..., Any], calls: Calls, loss: Loss) -> float:
 
 
 @contextmanager
-def _training(trained: Sequence[Tensor], learned: Sequence[nn.Module]) -> Iterator[None]:
-    """Gradients for what is trained, and soft rounding; as it was afterwards."""
-    wanted, modes = [p.requires_grad for p in trained], [module.training for module in learned]
+def _gradients(trained: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients for what is trained; as it was afterwards."""
+    wanted = [p.requires_grad for p in trained]
     for parameter in trained:
         parameter.requires_grad_(True)
-    for module in learned:
-        module.train()
     try:
         with torch.enable_grad():
             yield
     finally:
         for parameter, want in zip(trained, wanted, strict=True):
             parameter.requires_grad_(want)
+
+
+@contextmanager
+def _training(learned: Sequence[nn.Module]) -> Iterator[None]:
+    """Soft rounding; as it was afterwards."""
+    modes = [module.training for module in learned]
+    for module in learned:
+        module.train()
+    try:
+        yield
+    finally:
         for module, mode in zip(learned, modes, strict=True):
             module.train(mode)
 

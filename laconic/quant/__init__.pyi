@@ -1,6 +1,5 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
 from ._adaquant import AdaQuant as AdaQuant
-from ._adaquant import AdaQuantized as AdaQuantized
 from ._adaquant import RangeQuantizer as RangeQuantizer
 from ._adaquant import Rates as Rates
 from ._adaquant import adaquant as adaquant
@@ -35,6 +34,7 @@ from ._gptq import conv_inputs as conv_inputs
 from ._gptq import gptq_matrix as gptq_matrix
 from ._gptq import inverse_factor as inverse_factor
 from ._gptq import output_error as output_error
+from ._learned import Trainings as Trainings
 from ._learned import pack_learned as pack_learned
 from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear

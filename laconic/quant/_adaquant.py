@@ -25,7 +25,7 @@ Three steps follow, each by itself:
 
 Source: "Improving Post Training Neural Quantization: Layer-wise Calibration and Integer Programming", Hubara, Nahshan,
 Hanani, Banner, Soudry, 2020, arXiv 2006.10518. Official code: itayhubara/CalibTIP, MIT. We differ from it: negative gains
-are handled; a layer keeps its start where training did not help on all its calibration inputs; the program is solved by
+are handled; a layer ends with the best of what its training saw on all calibration inputs; the program is solved by
 `laconic.core.allocate`.
 
 What is stored are weights packed by channel with integer zero points; nothing else is left of the training. Inputs are
@@ -36,7 +36,7 @@ Example:
     >>> import torch
     >>> x = torch.tensor([[-1.0, 0.1, 0.5, 2.0]])
     >>> range_quantize(x, torch.tensor([3.0]), torch.tensor([-1.0]), bits=2)
-    tensor([[-1.,  0.,  0.,  2.]])
+    tensor([[-1.,  0.,  1.,  2.]])
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ from laconic.numerics import Int, Scale, Scheme, check_finite
 
 from ._learned import (
     LearnedWeight,
+    Trainings,
     attach_input_quantizer,
+    chosen_layers,
     followed_by_relu,
-    layers_of,
     learned_of,
     learned_record,
     refusal_of,
@@ -272,14 +273,6 @@ def adaquant_layer(
 # --- a model ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AdaQuantized:
-    """What was done: path of a layer -> its training; path -> why it was left alone."""
-
-    layers: dict[str, Reconstructed]
-    skipped: dict[str, str]
-
-
 def adaquant(
     model: nn.Module,
     batches: Sequence[Any],
@@ -293,7 +286,7 @@ def adaquant(
     rates: Rates = Rates(),
     teacher: nn.Module | None = None,
     seed: int = 0,
-) -> AdaQuantized:
+) -> Trainings:
     """Round every linear layer and convolution of a model and train what rounds it, in place.
 
     Batch norms must have been folded before. Weights stay parametrized, so that more can be tuned; `pack_learned` packs
@@ -310,24 +303,19 @@ def adaquant(
         teacher: the float model; a copy of `model` by default.
         seed: of the rows that are drawn.
 
+    Returns:
+        Layer -> its training.
+
     Raises:
-        BadInput: no data, a path that there is not, NaN, or another mode.
+        BadInput: no data, a path that there is not, a tied weight that is named, NaN, or another mode.
     """
     if mode not in ("parallel", "sequential"):
         raise BadInput(f"adaquant: mode is {mode!r}: parallel or sequential")
-    layers = layers_of(model)
-    chosen = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
-    strange = [path for path in chosen if path not in layers]
-    if strange:
-        raise BadInput(f"adaquant: {strange[0]!r} is no linear layer or convolution with float weights")
+    chosen, skipped = chosen_layers(model, bits, "adaquant")
+    paths, done = list(chosen), Trainings(skipped)
     teacher = copy.deepcopy(model) if teacher is None else teacher
-    skipped = _shared(model, layers)
-    paths = [path for path in chosen if path not in skipped]
-    if not paths:
-        raise BadInput(f"adaquant: {type(model).__name__} has no layer that can be rounded by itself: {skipped}")
     twins = Twins(teacher, model, batches)
     relus = followed_by_relu(teacher, lambda: call(teacher, batches[0]), paths)
-    done = {}
     for calls in twins.walk(paths, inputs="float" if mode == "parallel" else "student"):
         path = calls.path
         follows = (activations or {}).get(path, F.relu if path in relus else None)
@@ -335,19 +323,7 @@ def adaquant(
             model.get_submodule(path), calls, chosen[path], steps=steps, batch=batch, activation=follows, rates=rates,
             input_bits=input_bits.get(path) if isinstance(input_bits, Mapping) else input_bits, seed=seed,
         )  # fmt: skip
-    return AdaQuantized(done, {path: why for path, why in skipped.items() if path in chosen})
-
-
-def _shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers whose weight has other owners."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return {
-        path: f"its weight is tied: {' = '.join(owners[id(layer.weight)])}"
-        for path, layer in layers.items()
-        if len(owners.get(id(layer.weight), [])) > 1
-    }
+    return done
 
 
 # --- bits -------------------------------------------------------------------------------------------

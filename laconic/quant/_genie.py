@@ -23,7 +23,8 @@ those that the norm remembers (`laconic.core.synthesis`); strided convolutions s
 
 Source: "Genie: Show Me the Data for Quantization", Jeon, Kim, Kim, 2022, arXiv 2212.04780. Official code:
 SamsungLabs/Genie, Apache-2.0. AdaRound: arXiv 2004.10568. QDrop: arXiv 2203.05740. We differ from the code: learning rates
-of latents (0.1) and generator (0.01) are named for what they drive; a unit keeps its start where training did not help.
+of latents (0.1) and generator (0.01) are named for what they drive; a unit ends with the best of what its training saw on
+all inputs, rounded hard.
 
 What is stored are weights packed by channel; nothing else is left of V. Use it at 4 bits and below, most of all without
 data. `adaquant` is faster, `gptq` for large linear layers.
@@ -50,7 +51,7 @@ from torch.nn.utils import parametrize
 
 from laconic.core.card import Card
 from laconic.core.fake_quant import code_range, lsq
-from laconic.core.reconstruct import Group, Reconstructed, Twins, linear_decay, output_loss, reconstruct
+from laconic.core.reconstruct import Group, Twins, linear_decay, output_loss, reconstruct
 from laconic.core.statistics import widened
 from laconic.core.synthesis import Generator, Synthesized, matched_inputs
 from laconic.errors import BadInput
@@ -58,7 +59,7 @@ from laconic.nn import matrix_view
 from laconic.nn.packed import View
 from laconic.numerics import Int, Scale, Scheme, check_finite
 
-from ._learned import LearnedWeight, attach_input_quantizer, layers_of, row_dim
+from ._learned import LearnedWeight, Trainings, attach_input_quantizer, chosen_layers, row_dim
 from ._rtn import Solved
 
 ZETA, GAMMA = 1.1, -0.1
@@ -278,7 +279,7 @@ def genie_reconstruct(
     summed_dim: int | None = None,
     teacher: nn.Module | None = None,
     seed: int = 0,
-) -> dict[str, Reconstructed]:
+) -> Trainings:
     """Round the layers of a model and train how, unit by unit, in place.
 
     Batch norms outside of units must have been folded before. Weights stay parametrized; `pack_learned` packs them.
@@ -305,19 +306,15 @@ def genie_reconstruct(
         Unit -> its training.
 
     Raises:
-        BadInput: no data, a path that there is not, a unit without layers, or NaN.
+        BadInput: no data, a path that there is not, a tied weight that is named, a unit without layers, or NaN.
     """
-    layers = layers_of(model)
-    chosen = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
-    strange = [path for path in chosen if path not in layers]
-    if strange:
-        raise BadInput(f"genie: {strange[0]!r} is no linear layer or convolution with float weights")
+    chosen, skipped = chosen_layers(model, bits, "genie")
     inside = {unit: _inside(chosen, unit) for unit in (chosen if units is None else units)}
     empty = [unit for unit, held in inside.items() if not held]
     if empty or not inside:
         raise BadInput(f"genie: {empty[0] if empty else type(model).__name__} has no layer that is to be rounded")
     teacher = copy.deepcopy(model) if teacher is None else teacher
-    twins, done = Twins(teacher, model, batches), {}
+    twins, done = Twins(teacher, model, batches), Trainings(skipped)
     for calls in twins.walk(list(inside), inputs="both" if mix > 0 else "student"):
         unit = calls.path
         block = model.get_submodule(unit)

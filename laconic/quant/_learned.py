@@ -10,13 +10,14 @@ activations are rounded too; a packed layer keeps it, and rounds its inputs in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from laconic.core.reconstruct import Reconstructed
 from laconic.core.record import Record, apply_records
 from laconic.core.structure import Structure
 from laconic.core.units import Unit, find_units
@@ -28,9 +29,21 @@ from laconic.numerics import Scheme, check_finite
 from ._rtn import Solved
 
 __all__ = [
-    "LearnedWeight", "attach_input_quantizer", "followed_by_relu", "layers_of", "learned_of", "learned_record",
-    "pack_learned", "refusal_of", "row_dim",
+    "LearnedWeight", "Trainings", "attach_input_quantizer", "chosen_layers", "followed_by_relu", "layers_of", "learned_of",
+    "learned_record", "pack_learned", "refusal_of", "row_dim",
 ]  # fmt: skip
+
+
+class Trainings(dict[str, Reconstructed]):
+    """Path of a layer or block -> its training.
+
+    Attributes:
+        skipped: path of a layer that was to be rounded -> why it was left alone.
+    """
+
+    def __init__(self, skipped: Mapping[str, str]):
+        super().__init__()
+        self.skipped = dict(skipped)
 
 
 class LearnedWeight(nn.Module):
@@ -66,6 +79,37 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
         and op_of(module, "weight") in ("linear", "conv")
         and not hasattr(module, "_packed")
     }
+
+
+def chosen_layers(
+    model: nn.Module, bits: int | Mapping[str, int], method: str
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Path of a layer -> its bits, and path -> why it is left alone, for one width for all or a width for each.
+
+    Raises:
+        BadInput: a path that is no layer with float weights, a tied weight that is named, or no layer is left.
+    """
+    layers = layers_of(model)
+    chosen = dict.fromkeys(layers, bits) if isinstance(bits, int) else dict(bits)
+    strange = [path for path in chosen if path not in layers]
+    if strange:
+        raise BadInput(f"{method}: {strange[0]!r} is no linear layer or convolution with float weights")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    skipped = {}
+    for path in chosen:
+        names = owners.get(id(layers[path].weight), [])
+        if not names:
+            skipped[path] = "a parametrization computes its weight"
+        elif len(names) > 1:
+            skipped[path] = f"its weight is tied: {' = '.join(names)}"
+    if skipped and not isinstance(bits, int):
+        path, why = next(iter(skipped.items()))
+        raise BadInput(f"{path}: {why}, so {method} cannot round it by itself")
+    if len(skipped) == len(chosen):
+        raise BadInput(f"{method}: {type(model).__name__} has no layer that can be rounded by itself: {skipped}")
+    return {path: width for path, width in chosen.items() if path not in skipped}, skipped
 
 
 def refusal_of(unit: Unit | None, structure: Structure) -> str:
@@ -153,7 +197,8 @@ def pack_learned(model: nn.Module, structure: Structure) -> list[Record]:
     solved: dict[str, tuple[LearnedWeight, Tensor]] = {}
     for path, one in found:
         layer = model.get_submodule(path)
-        solved[f"{path}.weight" if path else "weight"] = (one, layer.parametrizations.weight.original.detach())  # type: ignore[union-attr]
+        original = layer.parametrizations.weight.original.detach()  # type: ignore[union-attr]
+        solved[f"{path}.weight" if path else "weight"] = (one, original)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     units = {unit.name: unit for unit in find_units(model, structure)}
     records = []

@@ -13,7 +13,8 @@ rounded one ("same_input"), or its own, from the float model ("float").
 
 Source: "Norm Tweaking: High-performance Low-bit Quantization of Large Language Models", Li, Li, Zhang, Chu, 2023, arXiv
 2309.02784. No official code; an unofficial one is smpanaro/norm-tweaking, from which the loss's details were taken. We
-differ from it: a block's norms go back where the loss did not fall.
+differ from it: a block's norms end with the best of what the
+pass saw on all texts.
 
 The gains stay where they are, or fold into the layers that read them before these are rounded: tweaked, they no longer
 do. Calibration texts may be written by the model (`laconic.core.synthesis.generated_text`). More than a few passes fit the

@@ -139,6 +139,14 @@ def test_it_never_ends_worse_than_it_began() -> None:
     assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), before.values(), strict=True))
 
 
+def test_the_best_on_the_way_is_kept() -> None:
+    w = torch.tensor([1.0], requires_grad=True)
+    data = calls(torch.ones(1, 1), torch.zeros(1, 1))
+    done = reconstruct(lambda x: x * w, data, [Group([w], 0.9)], steps=8, batch=None)
+    assert done.after == pytest.approx(w.item() ** 2) and done.after == pytest.approx(min(done.losses), rel=1e-4)
+    assert done.losses[-1] > done.after  # it overshot, and the last step was not the best
+
+
 def test_draws_repeat_from_the_seed_and_leave_the_global_state() -> None:
     torch.manual_seed(5)
     x = torch.randn(30, 4)

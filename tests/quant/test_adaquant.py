@@ -184,7 +184,7 @@ def test_training_lowers_each_layers_error(mode: str) -> None:
     adaquant(rough, [x], 3, steps=0, mode=mode)
     rates = Rates(weight=1e-3, weight_range=1e-2)
     done = adaquant(tuned, [x], 3, steps=60, mode=mode, rates=rates)
-    found = {path: layer.after / layer.before for path, layer in done.layers.items()}
+    found = {path: layer.after / layer.before for path, layer in done.items()}
     assert max(found.values()) <= 1 and found["3"] < 0.95 and found["8"] < 0.5, found
     assert off(tuned, folded, x) < 0.9 * off(rough, folded, x)
 
@@ -293,7 +293,7 @@ def test_each_layer_is_measured_alone_and_noise_finds_other_choices() -> None:
 def test_what_is_left_alone_and_refused() -> None:
     ids = torch.tensor([[1, 2, 3]])
     done = adaquant(Tied().eval(), [ids], 4, steps=0)
-    assert "tied" in done.skipped["head"] and list(done.layers) == ["inner"]
+    assert "tied" in done.skipped["head"] and list(done) == ["inner"]
     model, x = small(torch.Generator().manual_seed(9))
     with pytest.raises(BadInput, match="'5' is no linear layer"):
         adaquant(model, [x], {"5": 4})
