@@ -34,6 +34,12 @@ from ._gptq import conv_inputs as conv_inputs
 from ._gptq import gptq_matrix as gptq_matrix
 from ._gptq import inverse_factor as inverse_factor
 from ._gptq import output_error as output_error
+from ._jlcm import Codebook as Codebook
+from ._jlcm import code_jumps as code_jumps
+from ._jlcm import jlcm as jlcm
+from ._jlcm import k_means as k_means
+from ._jlcm import proximal_gradient as proximal_gradient
+from ._jlcm import row_groups as row_groups
 from ._learned import Trainings as Trainings
 from ._learned import pack_learned as pack_learned
 from ._llm_int8 import LLMInt8 as LLMInt8
