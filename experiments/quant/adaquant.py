@@ -16,13 +16,13 @@ from laconic.norm import FoldBatchNorm
 from laconic.quant import adaquant
 from laconic.tasks.small import small
 
-IMAGES, STEPS = 100, 1000
+TRAINED_ON, IMAGES, STEPS = 2000, 100, 500
 WEIGHTS, INPUTS = 3, 4
 
 
 def run(arm: str, seed: int, quick: bool = False) -> float:
     """Accuracy of one arm from one seed; `quick` tests the code and shows nothing."""
-    task = small("mnist-cnn", seed=seed, size=256 if quick else None)
+    task = small("mnist-cnn", seed=seed, size=256 if quick else TRAINED_ON)
     model = task.model(seed)
     task.train(model, seed, epochs=1 if quick else None)
     model.eval()

@@ -15,12 +15,12 @@ from laconic.norm import FoldBatchNorm
 from laconic.quant import bn_matched_data, zeroq
 from laconic.tasks.small import small
 
-PICTURES, STEPS, BITS = 32, 500, 4
+TRAINED_ON, PICTURES, STEPS, BITS = 2000, 32, 500, 4
 
 
 def run(arm: str, seed: int, quick: bool = False) -> float:
     """Accuracy of one arm from one seed; `quick` tests the code and shows nothing."""
-    task = small("mnist-cnn", seed=seed, size=256 if quick else None)
+    task = small("mnist-cnn", seed=seed, size=256 if quick else TRAINED_ON)
     model = task.model(seed)
     task.train(model, seed, epochs=1 if quick else None)
     model.eval()

@@ -393,6 +393,7 @@ def distilled_images(
     lr_latent: float = 0.1,
     lr_generator: float = 0.01,
     latent: int = 256,
+    width: int = 128,
     swing: bool = True,
     include_input: bool = True,
     seed: int = 0,
@@ -405,7 +406,7 @@ def distilled_images(
         n: pictures.
         batch: pictures that share a fresh generator.
         steps: of training for each batch.
-        lr_latent, lr_generator, latent: see `laconic.core.synthesis.Generator`.
+        lr_latent, lr_generator, latent, width: see `laconic.core.synthesis.Generator`.
         swing: see `laconic.core.synthesis.swinging`.
         include_input: pictures shall have mean 0 and deviation 1, each by itself.
         seed: of all that is drawn.
@@ -420,7 +421,7 @@ def distilled_images(
             matched_inputs(
                 model,
                 lambda count=count: Generator(
-                    (count, *shape), latent=latent, lr_latent=lr_latent, lr_generator=lr_generator
+                    (count, *shape), latent=latent, width=width, lr_latent=lr_latent, lr_generator=lr_generator
                 ),
                 steps=steps, per="batch", include_input=include_input, swing=swing, seed=seed + number,
             )
