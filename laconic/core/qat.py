@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.errors import BadInput
-from laconic.kernels.ops import INT8_TOKENS, round_inputs
+from laconic.kernels.inputs import INT8_TOKENS, round_inputs
 from laconic.nn import PackedParameterSpec, is_packed, matrix_view, pack_tensors, restore_view
 from laconic.nn.packed import View, _is_conv1d, op_of
 from laconic.numerics import Int, NotFinite, Scheme, affine_params, check_finite, dequantize, grouped, quantize
