@@ -6,6 +6,9 @@
 - `fp4`, the float with one sign, two exponent and one mantissa bit (e2m1, OCP Microscaling Formats 1.0): 0, 1/2, 1,
   3/2, 2, 3, 4 and 6, over 6. The code is the float's own bit pattern, so 8 is -0, which rounding never gives.
 
+- `fp4_bnb`, what bitsandbytes calls FP4: as `fp4`, but the codes of the sizes are in another order and the smallest
+  size is 1/192 in place of 1/12.
+
 The values are those of float32: every reader of a file must multiply by the same ones.
 """
 
@@ -19,6 +22,7 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
 def _float32(x: float) -> float:
@@ -28,4 +32,5 @@ def _float32(x: float) -> float:
 TABLES: dict[str, tuple[float, ...]] = {
     "nf4": _NF4,
     "fp4": tuple(_float32(sign * x / 6) for sign in (1, -1) for x in _E2M1),
+    "fp4_bnb": tuple(_float32(sign * x / 12) for sign in (1, -1) for x in _BNB),
 }
