@@ -21,6 +21,7 @@ from .pipeline.calibrate import calibrate_confidence as calibrate_confidence
 from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress
 from .pipeline.compress import plan as plan
+from .pipeline.export import export as export
 from .pipeline.inspect import inspect as inspect
 from .pipeline.load import load as load
 from .pipeline.normalize import normalize as normalize
