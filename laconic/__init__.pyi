@@ -24,6 +24,7 @@ from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress
 from .pipeline.compress import plan as plan
 from .pipeline.examine import examine as examine
+from .pipeline.export import export as export
 from .pipeline.inspect import inspect as inspect
 from .pipeline.load import load as load
 from .pipeline.normalize import normalize as normalize

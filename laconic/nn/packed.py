@@ -10,7 +10,8 @@ class, so paths, hooks, ties and `isinstance` stay as they were. In that subclas
   a subclass that scales or offsets and then calls `super().forward` (Gemma's scaled embedding, OPT's offset positions)
   keeps doing so.
 
-What is stored, for a parameter NAME: `NAME_packed` and `NAME_shape` as parameters without gradient; `NAME_scale` and
+What is stored, for a parameter NAME: `NAME_packed`, `NAME_shape` and, where columns are sorted, `NAME_order` as
+parameters without gradient; `NAME_scale` and
 `NAME_zero_point` (integer) or `NAME_zero` (real) as buffers, so that `model.dtype` still tells the type that the model
 computes in. `module.to(bfloat16)`, `.half()` and `.double()` move them between devices and never change their type.
 
@@ -33,6 +34,7 @@ from laconic.kernels.inputs import check_inputs
 from laconic.numerics import Scheme, pack_codes
 
 View = Literal["rows", "last", "transposed"]
+WORDS = ("packed", "zero_point", "order", "shape")  # stored as parameters without gradient: they keep their type
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,15 @@ class PackedParameterSpec:
             flattens all but the last dim (experts, anything else), `transposed` swaps two dims (GPT-2's Conv1D).
         inputs: how the inputs of a linear layer are rounded when it runs: "" (not at all) or a word of
             `laconic.kernels.inputs`.
+        order: whether `NAME_order` is stored: column j of the matrix belongs to input order[j] of a linear layer. So are
+            stored the weights of tools that put inputs of one importance into one group (GPTQ's act-order).
     """
 
     scheme: Scheme
     shape: tuple[int, ...]
     view: View = "rows"
     inputs: str = ""
+    order: bool = False
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -60,12 +65,13 @@ class PackedParameterSpec:
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> dtype and shape of everything that is stored."""
-        return {**self.scheme.tensors(*self.matrix), "shape": (torch.int64, (len(self.shape),))}
+        order = {"order": (torch.int32, (self.matrix[1],))} if self.order else {}
+        return {**self.scheme.tensors(*self.matrix), **order, "shape": (torch.int64, (len(self.shape),))}
 
     def to_json(self) -> dict[str, Any]:
         """As records hold it."""
         stored: dict[str, Any] = {"scheme": str(self.scheme), "shape": list(self.shape), "view": self.view}
-        return {**stored, "inputs": self.inputs} if self.inputs else stored
+        return stored | ({"inputs": self.inputs} if self.inputs else {}) | ({"order": True} if self.order else {})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> PackedParameterSpec:
@@ -81,7 +87,7 @@ class PackedParameterSpec:
         if not shape or min(shape) < 0 or (view == "transposed" and len(shape) != 2):
             raise ValueError(f"shape {shape} has no {view} view as a matrix")
         inputs = check_inputs(str(data.get("inputs", "")))
-        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view, inputs)
+        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view, inputs, bool(data.get("order", False)))
 
 
 def matrix_shape(shape: tuple[int, ...], view: View) -> tuple[int, int]:
@@ -181,6 +187,8 @@ def _value(self: Packed, name: str) -> Tensor:
     codes, scale, zero = self.packed_operands(name)
     k = spec.matrix[1]
     matrix = torch.ops.laconic.dequantize(codes, scale, zero, scheme=str(spec.scheme), k=k, dtype=self._packed_dtype)
+    if spec.order:
+        matrix = matrix.index_select(1, self.packed_tensor(name, "order").argsort())  # type: ignore[union-attr]
     return restore_view(matrix, spec)
 
 
@@ -189,6 +197,8 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
     spec = self._packed["weight"]
     if input.shape[-1] != spec.matrix[1]:  # the words of a row fit several widths, so the op itself cannot tell
         raise RuntimeError(f"{self} takes {spec.matrix[1]} features and got an input of shape {tuple(input.shape)}")
+    if spec.order:
+        input = input.index_select(-1, self.packed_tensor("weight", "order"))
     codes, scale, zero = self.packed_operands("weight")
     return torch.ops.laconic.linear(
         input, codes, scale, zero, self.bias, None, scheme=str(spec.scheme), inputs=spec.inputs
@@ -377,11 +387,13 @@ def declare(module: nn.Module, name: str, spec: PackedParameterSpec, device: tor
         raise ValueError(f"{type(module).__name__} has no parameter {name!r} to pack")
     if tuple(parameter.shape) != spec.shape:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}, the record says {spec.shape}")
+    if spec.order and op_of(module, name) != "linear":
+        raise ValueError(f"{name} of {type(module).__name__} has an order of inputs, which only linear layers have")
     device = device if device is not None else parameter.device
     _retype(module, name, spec)
     for suffix, (dtype, shape) in spec.tensors().items():
         empty = torch.empty(shape, dtype=dtype, device=device)
-        if suffix in ("packed", "zero_point", "shape"):
+        if suffix in WORDS:
             module.register_parameter(f"{name}_{suffix}", nn.Parameter(empty, requires_grad=False))
         else:
             module.register_buffer(f"{name}_{suffix}", empty)
@@ -409,7 +421,7 @@ def fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
         if value is None or value.dtype != dtype or tuple(value.shape) != shape:
             got = "nothing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}_{suffix}: expected {dtype} of shape {shape}, got {got}")
-        if suffix in ("packed", "zero_point", "shape"):
+        if suffix in WORDS:
             module._parameters[f"{name}_{suffix}"] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[f"{name}_{suffix}"] = value

@@ -165,7 +165,7 @@ def _foreign(model: nn.Module) -> dict[str, Any]:
         module_path, _, name = path.rpartition(".")
         scheme, k = spec.scheme, spec.matrix[1]
         fits = isinstance(scheme.element, Int) and scheme.zero != "real" and scheme.fits(k)
-        fits = fits and scheme.scale.granularity in ("channel", "group")
+        fits = fits and scheme.scale.granularity in ("channel", "group") and not spec.order
         if name == "weight" and isinstance(model.get_submodule(module_path), nn.Linear) and fits:
             # Their reader wants a length that the row has, ours cuts one that is longer.
             length = scheme.scale.group_of(k) if scheme.scale.granularity == "group" else None

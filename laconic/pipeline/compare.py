@@ -22,6 +22,7 @@ from .measure import latency_ms, machine, peak_rss, run_batch, versions
 from .observe import innermost_module
 from .source import Source, resolve
 from .source_base import first_line
+from .source_quantized import opened
 from .tensorfile import SINGLE
 
 
@@ -147,5 +148,5 @@ def _open(model: Any, skeleton_of: Any, device: torch.device) -> _Opened:
             if skeleton_of is None:
                 raise
             return _Opened(str(model), load(model, into=resolve(skeleton_of).skeleton(), device=device), size, None)
-    source = resolve(model)
-    return _Opened(source.name, source.load().to(device), source.size_before, source)
+    source = resolve(model, quantized=True)
+    return _Opened(source.name, opened(source).to(device), source.size_before, source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from laconic.core.record import PACK, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
-from laconic.pipeline.artifact import CONFIG, Manifest, check_filled, read_json, read_manifest
+from laconic.pipeline.artifact import CONFIG, MANIFEST, Manifest, check_filled, read_json, read_manifest
 from laconic.pipeline.source_base import all_tensors, first_line, put, stored_names, tensor_owners
 from laconic.pipeline.source_weights import few
 from laconic.pipeline.tensorfile import SINGLE, TensorReader
@@ -46,7 +47,8 @@ def load(
     a folder that was renamed or deleted does no harm.
 
     Args:
-        folder: what `laconic compress` wrote.
+        folder: what `laconic compress` wrote; or a model that another tool quantized, a GGUF file or a folder of
+            compressed-tensors, GPTQ, AWQ or bitsandbytes, which is opened with the values that it has.
         into: a float model of the same structure (on meta, or with any values); it becomes the packed one, in
             place, and is returned. Needed for models that are neither transformers' nor laconic's.
         device: where the tensors go.
@@ -59,8 +61,14 @@ def load(
     Raises:
         BadInput: it is no complete artifact, does not fit the model, or the device is not there.
     """
-    manifest = read_manifest(folder, verify=verify)
     device = usable_device(device)
+    if into is None and not (Path(folder) / MANIFEST).is_file():
+        from laconic.pipeline.source_quantized import quantized_source
+
+        source = quantized_source(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        if source is not None:
+            return source.load_packed().to(device)
+    manifest = read_manifest(folder, verify=verify)
     with TensorReader(manifest.folder / SINGLE) as reader:
         if mmap:
             reader.prefetch()  # a cold disk is busy while the skeleton is built

@@ -8,8 +8,8 @@
 
 A packed parameter P is stored as `P_packed` (unsigned codes q of b bits, one LSB-first bit stream per row of
 its matrix, in little-endian 32-bit words), `P_scale` (s: one a row and group of columns, or one for all), and
-perhaps `P_zero_point` (integers z, packed likewise but down the columns) or `P_zero` (real z). Then, in
-float32,
+perhaps `P_zero_point` (integers z, packed likewise but down the columns) or `P_zero` (real z). Where there is a
+`P_order`, column j of the matrix is column order[j] of the weight. Then, in float32,
 
     w = s * (q - z)        z = 2^(b-1) where nothing is stored
 
@@ -34,6 +34,7 @@ DTYPES = {
 
 # What the codes of these schemes stand for; the numbers are those of float32.
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+FP4_BNB = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
 TABLES = {
     "levelsnf4": np.array([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -41,6 +42,7 @@ TABLES = {
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ], np.float32),
     "levelsfp4": np.array([sign * x / 6 for sign in (1, -1) for x in FP4], np.float32),
+    "levelsfp4_bnb": np.array([sign * x / 12 for sign in (1, -1) for x in FP4_BNB], np.float32),
     "ternary": np.array([-1, 0, 1], np.float32),
     "binary": np.array([-1, 1], np.float32),
 }  # fmt: skip
@@ -68,7 +70,7 @@ class Artifact:
     def names(self):
         """Names of all weights: packed parameters and stored tensors, without the parts of the former."""
         parts = {f"{path}_{part}" for path in self.packed for part in
-                 ("packed", "scale", "zero_point", "zero", "shape")}  # fmt: skip
+                 ("packed", "scale", "zero_point", "zero", "order", "shape")}  # fmt: skip
         return sorted({*self.packed, *self.owner, *(name for name in self.header if name not in parts)})
 
     def tensor(self, name):
@@ -96,15 +98,16 @@ class Artifact:
         scale = self.tensor(f"{path}_scale").astype(np.float32)
         if scheme.table is not None:
             matrix = scheme.spread(scale, k) * scheme.table[codes]
-            return matrix.T if spec["view"] == "transposed" else matrix.reshape(shape)
-        if scheme.zero == "int":
-            words = np.ascontiguousarray(self.tensor(f"{path}_zero_point").T)
-            zero = unpack(words, scheme.bits, len(scale)).T.astype(np.float32)
-        elif scheme.zero == "real":
-            zero = self.tensor(f"{path}_zero").astype(np.float32)
         else:
             zero = np.full((1, 1), 2 ** (scheme.bits - 1), np.float32)
-        matrix = scheme.spread(scale, k) * (codes.astype(np.float32) - scheme.spread(zero, k))
+            if scheme.zero == "int":
+                words = np.ascontiguousarray(self.tensor(f"{path}_zero_point").T)
+                zero = unpack(words, scheme.bits, len(scale)).T.astype(np.float32)
+            elif scheme.zero == "real":
+                zero = self.tensor(f"{path}_zero").astype(np.float32)
+            matrix = scheme.spread(scale, k) * (codes.astype(np.float32) - scheme.spread(zero, k))
+        if spec.get("order"):
+            matrix = matrix[:, np.argsort(self.tensor(f"{path}_order"))]
         return matrix.T if spec["view"] == "transposed" else matrix.reshape(shape)
 
 

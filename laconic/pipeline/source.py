@@ -16,9 +16,12 @@ from typing import Any
 from torch import nn
 
 from laconic.errors import BadInput
+from laconic.interop.gguf import GgufModel
+from laconic.interop.gguf_file import GgufFile
 from laconic.pipeline.source_base import Example, Source, check_finite
 from laconic.pipeline.source_folder import FolderSource
-from laconic.pipeline.source_module import GgufSource, ModuleSource, call_factory
+from laconic.pipeline.source_module import ModuleSource, OtherGgufSource, call_factory
+from laconic.pipeline.source_quantized import GgufSource, QuantizedFolder, is_quantized
 
 __all__ = ["FETCHED", "Example", "Source", "check_finite", "resolve"]
 
@@ -27,7 +30,7 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def resolve(
-    model: Any, *, example: Any = None, trust_remote_code: bool = False, allow_pickle: bool = False
+    model: Any, *, example: Any = None, trust_remote_code: bool = False, allow_pickle: bool = False, quantized: bool = False
 ) -> Source:
     """The source of a model. A folder that exists wins over a fetched name.
 
@@ -38,6 +41,7 @@ def resolve(
         example: inputs for tracing, of a module given directly.
         trust_remote_code: run code that comes with a checkpoint where its architecture needs it.
         allow_pickle: read pickled weights (with `weights_only`) where a folder holds no others.
+        quantized: take a folder that another tool quantized as it is; else it is refused.
 
     Raises:
         BadInput: if there is no model, or not one that we can compress; the message says what to do.
@@ -51,6 +55,8 @@ def resolve(
             f"a model is a folder, a name, module:function or an nn.Module, not a {type(model).__name__}"
         )
     text, path = os.fspath(model), Path(model).expanduser()
+    if quantized and path.is_dir() and is_quantized(path):
+        return QuantizedFolder(path, trust_remote_code=trust_remote_code)
     if path.exists():
         return _from_path(path, trust_remote_code, allow_pickle)
     if text in FETCHED:
@@ -67,7 +73,7 @@ def _from_path(path: Path, trust_remote_code: bool, allow_pickle: bool) -> Sourc
     """A folder, or a GGUF file."""
     if path.is_file():
         if path.suffix == ".gguf":
-            return GgufSource(path)
+            return _gguf(path)
         raise BadInput(f"{path} is a file: give the folder that holds it and its config.json")
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not (path / "config.json").exists():
@@ -75,8 +81,18 @@ def _from_path(path: Path, trust_remote_code: bool, allow_pickle: bool) -> Sourc
             raise BadInput(
                 f"{path} holds {len(ggufs)} GGUF files: name the one that is meant, e.g. {ggufs[0]}"
             )
-        return GgufSource(ggufs[0])
+        return _gguf(ggufs[0])
     return FolderSource(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+
+
+def _gguf(file: Path) -> Source:
+    """A GGUF file: of a family that is read here tensor by tensor, or else as transformers dequantizes it."""
+    parsed = GgufFile(file)
+    try:
+        GgufModel.family_of(parsed)
+    except BadInput:
+        return OtherGgufSource(file)
+    return GgufSource(file, parsed=parsed)
 
 
 def _fetched(name: str, trust_remote_code: bool, allow_pickle: bool) -> Source:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from laconic.errors import BadInput
+from laconic.interop.checkpoints import METHODS
 from laconic.pipeline.source_base import first_line
 
-__all__ = ["model_class", "read_config", "refuse_quantized", "set_dtype", "transformers_config"]
+__all__ = ["model_class", "read_config", "read_json_config", "refuse_quantized", "set_dtype", "transformers_config"]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -25,6 +26,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"{folder} is already compressed by laconic: give the original model, or use laconic.load"
         )
+    raw = read_json_config(folder)
+    refuse_quantized(raw.get("quantization_config") or raw.get("compression_config"), folder)
+    return raw
+
+
+def read_json_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json` as a dict, whatever it says.
+
+    Raises:
+        BadInput: if it is missing or not JSON.
+    """
     file = folder / "config.json"
     if not file.is_file():
         adapter = " (it holds an adapter: merge it into its base model first)"
@@ -38,7 +50,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(raw, dict):
         raise BadInput(f"{file} is not a JSON object: download it again")
-    refuse_quantized(raw.get("quantization_config") or raw.get("compression_config"), folder)
     return raw
 
 
@@ -53,7 +64,8 @@ def refuse_quantized(quantization: Any, where: object) -> None:
     fields = quantization if isinstance(quantization, dict) else vars(quantization)
     method = fields.get("quant_method") or fields.get("quant_type") or "an unnamed method"
     method = getattr(method, "value", method)
-    raise BadInput(f"{where} is already quantized by another tool ({method}): give the original float model")
+    opens = "; laconic.load and laconic run open it as it is" if method in METHODS else ""
+    raise BadInput(f"{where} is already quantized by another tool ({method}): give the original float model{opens}")
 
 
 def transformers_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from laconic.pipeline.source_base import Example, Source, all_tensors, first_lin
 from laconic.pipeline.source_config import model_class, read_config, set_dtype, transformers_config
 from laconic.pipeline.source_example import example_inputs
 from laconic.pipeline.source_skeleton import build
-from laconic.pipeline.source_weights import model_dtype, open_weights
+from laconic.pipeline.source_weights import Store, model_dtype, open_weights
 from laconic.pipeline.tensorfile import row_range
 
 __all__ = ["FolderSource", "copy_extras"]
@@ -61,18 +62,23 @@ class FolderSource(Source):
     kind = "transformers"
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False):
-        self.folder = folder
+        raw = read_config(folder)
+        config = transformers_config(folder, raw, trust_remote_code)
+        cls = model_class(folder, raw, config, trust_remote_code)
+        self._build(folder, raw, config, cls, open_weights(folder, allow_pickle))
+
+    def _build(
+        self, folder: Path, raw: dict[str, Any], config: Any, cls: type, store: Store, dtype: torch.dtype | None = None
+    ) -> None:
+        """Put config and weights together; `dtype` is what the config and the files say, unless it is given."""
+        self.folder, self._raw, self.config, self._class, self._store = folder, raw, config, cls, store
         self.name = folder.resolve().name
-        self._raw = read_config(folder)
-        self.config = transformers_config(folder, self._raw, trust_remote_code)
-        self._class = model_class(folder, self._raw, self.config, trust_remote_code)
-        self._store = open_weights(folder, allow_pickle)
-        self.size_before = self._store.size
-        dtype = model_dtype(self.config, self._store)
-        set_dtype(self.config, dtype)
-        self._plan = build(self._class, self.config, dtype, self._store, folder)
+        self.size_before = store.size
+        dtype = dtype or model_dtype(config, store)
+        set_dtype(config, dtype)
+        self._plan = build(cls, config, dtype, store, folder)
         self._read_generation_config()
-        self.notes = [*self._store.notes, *self._plan.notes]
+        self.notes = [*store.notes, *self._plan.notes]
         tensors = all_tensors(self._plan.model)
         self._specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         self._names = stored_names(self._plan.model)

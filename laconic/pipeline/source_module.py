@@ -30,7 +30,7 @@ from laconic.pipeline.source_example import example_inputs
 from laconic.pipeline.source_folder import copy_extras
 from laconic.pipeline.tensorfile import file_layout
 
-__all__ = ["GgufSource", "ModuleSource", "call_factory"]
+__all__ = ["ModuleSource", "OtherGgufSource", "call_factory"]
 
 QUANTIZED_PACKAGES = ("bitsandbytes", "torchao", "gptqmodel", "awq", "hqq", "torch.ao.nn.quantized")
 
@@ -103,8 +103,8 @@ class ModuleSource(Source):
             self._model.generation_config.save_pretrained(folder)
 
 
-class GgufSource(ModuleSource):
-    """A GGUF file, dequantized into memory by transformers; its size before is the file's own.
+class OtherGgufSource(ModuleSource):
+    """A GGUF file of a family that laconic does not read by itself, dequantized into memory by transformers.
 
     Args:
         file: the `.gguf` file.

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from laconic.errors import BadInput
+from laconic.interop.checkpoints import Checkpoint
+from laconic.interop.gguf import GgufModel
 from laconic.pipeline.source_base import MemoryStore
 from laconic.pipeline.tensorfile import INDEX, SINGLE, TensorReader
 
 __all__ = ["FLOATS", "Store", "few", "model_dtype", "open_weights"]
 
-Store = TensorReader | MemoryStore
+# Tensors by name: as files hold them, or read from another tool's quantized form.
+Store = TensorReader | MemoryStore | GgufModel | Checkpoint
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

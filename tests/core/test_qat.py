@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from laconic.core.qat import FakeInput, FakeWeight, convert, prepare, quantized_layers
 from laconic.core.record import Record, apply_records
 from laconic.errors import BadInput
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import is_packed, unpack_parameter
 from laconic.numerics import Scheme, fake_quantize
 

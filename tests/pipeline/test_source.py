@@ -644,4 +644,4 @@ def test_gguf(tmp_path):
     shutil.copy(file, tmp_path / "other.gguf")
     assert "holds 2 GGUF files: name the one" in refused(tmp_path)
     file.write_bytes(b"GGUF but not really")
-    assert "tiny.gguf cannot be loaded by transformers" in refused(file)
+    assert "tiny.gguf has version" in refused(file)

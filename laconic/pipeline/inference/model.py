@@ -20,6 +20,7 @@ from laconic.pipeline.load import load, usable_device
 from laconic.pipeline.observe import innermost_module
 from laconic.pipeline.source import Source, resolve
 from laconic.pipeline.source_base import Example, first_line
+from laconic.pipeline.source_quantized import opened
 from laconic.tasks.base import quietly
 from laconic.tasks.view import KINDS, ModelView
 
@@ -109,9 +110,9 @@ def open_model(
     else:
         if into is not None:
             raise BadInput(f"{model} is no artifact of laconic, and only those are loaded into another model")
-        source = resolve(model, **options)
+        source = resolve(model, quantized=True, **options)
         with quietly():
-            found = source.load().to(place).eval()
+            found = opened(source).to(place).eval()
         name, folder = source.name, _folder_of(source)
     config = getattr(found, "config", None) if hasattr(found, "can_generate") else None
     return Opened(name, found, config, folder, place, time.perf_counter() - begin, begin - start, source)
