@@ -173,7 +173,8 @@ class RangeQuantizer(LearnedWeight):
         """With the mean range of inputs, each batch by its examples."""
         found = [(*input_range(x), len(x)) for x in inputs]
         count = sum(n for _, _, n in found)
-        return cls(*(sum(pair[i] * pair[2] for pair in found) / count for i in (0, 1)), bits)  # type: ignore[arg-type]
+        span = torch.stack([width * n for width, _, n in found]).sum(0) / count
+        return cls(span, torch.stack([low * n for _, low, n in found]).sum(0) / count, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         return range_quantize(x, self.span, self.low, self.bits)
@@ -219,7 +220,7 @@ class Rates:
 
 
 def adaquant_layer(
-    layer: nn.Module,
+    layer: Any,
     calls: Calls,
     bits: int,
     *,
@@ -252,7 +253,7 @@ def adaquant_layer(
     quantizer = RangeQuantizer.of_weight(layer.weight, bits, row_dim(layer))
     parametrize.register_parametrization(layer, "weight", quantizer)
     groups = [
-        Group([layer.parametrizations.weight.original], rates.weight),  # type: ignore[union-attr]
+        Group([layer.parametrizations.weight.original], rates.weight),
         Group([quantizer.span, quantizer.low], rates.weight_range),
     ]
     if layer.bias is not None:
@@ -570,7 +571,7 @@ def bias_tune(
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
     answer = call(model, batch)
-    return getattr(answer, "logits", None) if hasattr(answer, "logits") else first_output(answer)
+    return first_output(getattr(answer, "logits", answer))
 
 
 # --- the pass ---------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -417,15 +418,14 @@ def distilled_images(
     parts = []
     for number in range(math.ceil(n / batch)):
         count = min(batch, n - number * batch)
+        source = partial(
+            Generator, (count, *shape), latent=latent, width=width, lr_latent=lr_latent, lr_generator=lr_generator
+        )
         parts.append(
             matched_inputs(
-                model,
-                lambda count=count: Generator(
-                    (count, *shape), latent=latent, width=width, lr_latent=lr_latent, lr_generator=lr_generator
-                ),
-                steps=steps, per="batch", include_input=include_input, swing=swing, seed=seed + number,
+                model, source, steps=steps, per="batch", include_input=include_input, swing=swing, seed=seed + number
             )
-        )  # fmt: skip
+        )
     return Synthesized(torch.cat([part.inputs for part in parts]), [loss for part in parts for loss in part.losses])
 
 

@@ -196,8 +196,8 @@ def pack_learned(model: nn.Module, structure: Structure) -> list[Record]:
         raise BadInput(f"{type(model).__name__} has no weights that learned how to round")
     solved: dict[str, tuple[LearnedWeight, Tensor]] = {}
     for path, one in found:
-        layer = model.get_submodule(path)
-        original = layer.parametrizations.weight.original.detach()  # type: ignore[union-attr]
+        layer: Any = model.get_submodule(path)
+        original = layer.parametrizations.weight.original.detach()
         solved[f"{path}.weight" if path else "weight"] = (one, original)
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     units = {unit.name: unit for unit in find_units(model, structure)}

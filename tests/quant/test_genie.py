@@ -39,7 +39,7 @@ def run_vector(case: Case) -> dict[str, Tensor]:
         options = {"warmup": args["warmup"], "start": args["start"], "end": args["end"]}
         found = [linear_decay(t, args["t_max"], **options) for t in args["at_steps"]]
         return {"beta": torch.tensor(found, dtype=torch.float64)}
-    if case.name.startswith("rounding_loss"):
+    if "exponents" in case:
         V = case.array("logit")
         penalties = [rounding_penalty(V, float(b), args["zeta"], args["gamma"]) for b in case.array("exponents")]
         found = torch.stack(penalties)
