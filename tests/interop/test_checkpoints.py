@@ -69,6 +69,22 @@ def test_compressed_tensors_packs_like_the_reference(bits):
 
 
 @pytest.mark.vectors
+@pytest.mark.parametrize(("name", "zero"), [("int4_g32_sym", "none"), ("int4_g32_asym", "int")])
+def test_compressed_tensors_rounds_as_we_do(name, zero):
+    said = json.loads((WHERE / "nvfp4.json").read_text())
+    case, arrays = next(c for c in said["cases"] if c["name"] == name), np.load(WHERE / "nvfp4.npz")
+    given = {role: torch.from_numpy(arrays[key]) for role, key in case["arrays"].items()}
+    scheme = Scheme(Int(case["args"]["bits"]), Scale("group", case["args"]["group_size"]), zero)
+    scale, zero_point = affine_params(given["weight"], scheme)
+    matrix = QuantizedMatrix(scheme, quantize(given["weight"], scale, zero_point, scheme), scale, zero_point)
+    found = compressed_tensors_tensors(matrix, "int-quantized")
+    assert torch.equal(found["weight"].float(), given["quantised"].float().reshape(found["weight"].shape))
+    assert torch.allclose(found["weight_scale"], given["scale"].reshape(scale.shape), rtol=1e-6, atol=1e-7)
+    if zero == "int":
+        assert torch.equal(found["weight_zero_point"].float(), given["zero_point"].float().reshape(scale.shape))
+
+
+@pytest.mark.vectors
 def test_gptq_packs_three_bits_like_the_reference():
     args, arrays = vector("gptq_pack_3bit")
     assert torch.equal(packed_inputs(arrays["codes"].to(torch.uint8), 3), arrays["packed"])
