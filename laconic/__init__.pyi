@@ -17,10 +17,13 @@ from . import weight as weight
 from . import zoo as zoo
 from .core.fit import fit as fit
 from .core.surgery import swap as swap
+from .pipeline.blame import blame as blame
+from .pipeline.blame import repair as repair
 from .pipeline.calibrate import calibrate_confidence as calibrate_confidence
 from .pipeline.compare import compare as compare
 from .pipeline.compress import compress as compress
 from .pipeline.compress import plan as plan
+from .pipeline.examine import examine as examine
 from .pipeline.export import export as export
 from .pipeline.inspect import inspect as inspect
 from .pipeline.load import load as load

@@ -99,23 +99,24 @@ PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
 
 
 @command(
-    "out", *JOB, "seed", "resume", "dry_run", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
+    "out", *JOB, "seed", "resume", "dry_run", "explain", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
     "overwrite", "min_coverage", "trust_remote_code", "allow_pickle",
     out=(str, typer.Option(help="folder of the artifact"), REQUIRED),
     resume=(bool, typer.Option("--resume", help="go on where an earlier run stopped"), False),
     dry_run=(bool, typer.Option("--dry-run", help="print the plan and stop"), False),
+    explain=(bool, typer.Option("--explain", help="say why each parameter got the bits that it got"), False),
     threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
     device=(str, typer.Option(help="where calibration and measuring run: cpu, or cuda"), "cpu"),
     overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
     min_coverage=(float, typer.Option(min=0, max=1, help="least share of elements to pack"), 0.0),
 )  # fmt: skip
-def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
+def compress(*, dry_run: bool, explain: bool, json_: bool, quiet: bool, **given: Any) -> None:
     """Compress a model within a budget and report what was measured."""
     if dry_run:
         plan(json_=json_, **{name: given[name] for name in PLANNED})
         return
     from laconic.pipeline.compress import compress as run
-    from laconic.report import json_line, summary_table
+    from laconic.report import explain_lines, json_line, summary_table
 
     with _stoppable(given["out"]), bars(quiet or json_) as progress:
         result = run(**_job(given), progress=progress)
@@ -123,6 +124,8 @@ def compress(*, dry_run: bool, json_: bool, quiet: bool, **given: Any) -> None:
         print(json_line(result.record))
     else:
         Console().print(summary_table(result.record))
+    if explain:
+        Console(stderr=json_).print(explain_lines(result.record), soft_wrap=True)
     raise typer.Exit(result.exit_code)
 
 
@@ -252,6 +255,91 @@ def compare(*, json_: bool, quiet: bool, **given: Any) -> None:
         print(json_line(found))
     else:
         Console().print(comparison_table(found))
+
+
+@command(
+    "model", "data", "task", "columns", "budget", "batch", "seq", "seed", "json_", "quiet", "trust_remote_code",
+    "allow_pickle",
+)  # fmt: skip
+def examine(*, json_: bool, quiet: bool, **given: Any) -> None:
+    """Look at calibration data before it is used: too few, twice, of other lengths, without template, badly drawn."""
+    from laconic.pipeline.examine import examine as run
+    from laconic.report import examine_lines
+
+    given["columns"] = _columns(given["columns"])
+    with bars(quiet or json_) as progress:
+        found = run(**given, progress=progress)
+    if json_:
+        print(json.dumps(found))
+    else:
+        Console().print(examine_lines(found), soft_wrap=True)
+
+
+BLAMED = (
+    "artifact", "model", "data", "task", "columns", "most", "batch", "seq", "seed", "json_", "quiet", "trust_remote_code",
+    "allow_pickle",
+)  # fmt: skip
+BLAME: dict[str, Given] = {
+    "artifact": (str, typer.Argument(help="a folder that compress wrote"), REQUIRED),
+    "model": (str | None, typer.Option(help="the float model; the one that the report names by default"), None),
+    "most": (int, typer.Option(min=1, help="culprits to find"), 5),
+}
+
+
+@command(*BLAMED, **BLAME)
+def blame(*, json_: bool, quiet: bool, **given: Any) -> None:
+    """Which packed parameters of an artifact cost the quality, and what more bits for each would cost and give back."""
+    from laconic.pipeline.blame import blame as run
+    from laconic.report import blame_lines
+
+    given["columns"] = _columns(given["columns"])
+    with bars(quiet or json_) as progress:
+        found = run(**given, progress=progress)
+    if json_:
+        print(json.dumps(found, default=str))
+    else:
+        Console().print(blame_lines(found), soft_wrap=True)
+
+
+@command(
+    *BLAMED, "out", "within", "change", "overwrite", **BLAME,
+    out=(str, typer.Option(help="folder of the new artifact"), REQUIRED),
+    within=(str | None, typer.Option(help="bytes that may be added, as 0.5MB; every repair found by default"), None),
+    change=(
+        list[str] | None,
+        typer.Option(help="PARAMETER=8, a scheme or float, instead of what blame finds; repeatable"),
+        None,
+    ),
+    overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
+)  # fmt: skip
+def repair(*, json_: bool, quiet: bool, change: list[str] | None, **given: Any) -> None:
+    """Write an artifact again with more bits where blame finds them missed, and report what was measured."""
+    from laconic.pipeline.blame import repair as run
+    from laconic.report import json_line, summary_table
+
+    given["columns"] = _columns(given["columns"])
+    with _stoppable(given["out"]), bars(quiet or json_) as progress:
+        result = run(**given, changes=_changes(change), progress=progress)
+    if json_:
+        print(json_line(result.record))
+    else:
+        Console().print(summary_table(result.record))
+        for name, scheme in result.record["repaired"].items():
+            Console().print(f"{name}: {scheme or 'float'}", markup=False, highlight=False)
+    raise typer.Exit(result.exit_code)
+
+
+def _changes(given: list[str] | None) -> dict[str, str] | None:
+    """`parameter=bits` pairs."""
+    if given is None:
+        return None
+    found = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not name or not equals or not value:
+            raise BadInput(f"--change {pair!r} does not parse: write it like encoder.layer.3.output.dense.weight=8")
+        found[name.strip()] = value.strip()
+    return found
 
 
 @command(

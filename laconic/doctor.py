@@ -52,13 +52,11 @@ OPTIONAL = {
 }
 
 # Every op that is registered with torch as `laconic::NAME`.
-OPS = ("linear", "embedding", "conv", "experts", "experts_input_grad", "dequantize", "sparse_linear", "sparse_dense")
-
-# Ops that no packed module runs yet, or that need a cache: their tests hold them to their references, and the self-test
-# of this command does not try them.
-UNTRIED = (
+OPS = (
+    "linear", "embedding", "conv", "experts", "experts_input_grad", "dequantize", "sparse_linear", "sparse_dense",
     "binary_linear", "bit_serial_linear", "binary_conv2d", "int8_conv2d", "decode_attention", "cache_append_",
 )  # fmt: skip
+ON_GPU = ("linear", "embedding", "conv", "experts", "dequantize", "sparse_linear", "sparse_dense")  # of these, with kernels
 
 # Ops that share one kernel, which the check "C++: norms" tries.
 NORMS = (
@@ -351,8 +349,7 @@ def _triton_ops() -> str:
     status = triton.status()
     if not status["present"]:
         raise _Skipped(status["why"])
-    names = [name for name in OPS if name != "experts_input_grad"]  # which has no kernel
-    return "; ".join(f"{name}: {check_op(name, 'cuda')}" for name in names)
+    return "; ".join(f"{name}: {check_op(name, 'cuda')}" for name in ON_GPU)
 
 
 def _words(rows: int, bits: int, k: int) -> Any:
@@ -360,10 +357,6 @@ def _words(rows: int, bits: int, k: int) -> Any:
 
     generator = torch.Generator().manual_seed(bits * 10_000 + k)
     return torch.randint(-(2**31), 2**31, (rows, -(-k * bits // 32)), generator=generator).to(torch.int32)
-
-
-def _untried() -> str:
-    raise _Skipped("tried by their own tests alone")
 
 
 def _op(name: str) -> str:
@@ -380,7 +373,6 @@ _CHECKS: dict[str, Callable[[], str]] = {
     "C++: norms": _native_norms,
     "Triton: ops on the GPU": _triton_ops,
     **{f"op: {name}": functools.partial(_op, name) for name in OPS},
-    **{f"op: {name}": _untried for name in UNTRIED},
 }
 
 

@@ -318,3 +318,13 @@ def test_what_mkdocs_calls():
     assert hooks.ELSEWHERE.findall(foreign) == [foreign]
     used = {match[1].split()[0] for page in PAGES for match in hooks.BLOCK.finditer(page.read_text(encoding="utf-8"))}
     assert used == set(hooks.BLOCKS)
+
+
+def test_the_table_of_test_time_norms_is_that_of_its_record():
+    record = json.loads((ROOT / "benchmarks/records/test-time-cifar.json").read_text())
+    want = [
+        f"| {row['method']} | {row['batch']} | {row['order']} | {100 * row['accuracy']['clean']:.1f} | {100 * row['mean']:.1f} |"
+        for row in record["rows"]
+    ]
+    page = (ROOT / "docs/pages/guides/norms.md").read_text().splitlines()
+    assert want and [line for line in page if line.startswith(tuple(f"| {row['method']} |" for row in record["rows"]))] == want

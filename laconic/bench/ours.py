@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.kernels import native
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import PackedParameterSpec, declare, fill, is_packed, pack_tensors, packed_specs
 from laconic.nn.blocks import fuse
 from laconic.numerics import Scheme, affine_params, quantize

@@ -1,4 +1,4 @@
-"""Doing what a record of `laconic.core.renorm` says: other norms, other shapes of weights, ties taken apart."""
+"""Doing what a record of `laconic.core.renorm` or `.rotation` says: other norms, weights, rotated inputs, no ties."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.nn.rotated import restore_outputs, rotate_inputs
 from laconic.nn.stream_norm import ChannelAffine, StreamNorm
 
 __all__ = ["KINDS", "renorm"]
@@ -34,6 +35,10 @@ def renorm(model: nn.Module, data: Mapping[str, Any], tensors: Mapping[str, Tens
         _replace_norm(model, path, said)
     for name, shape in data.get("shapes", {}).items():
         _give(model, name, tuple(shape), tensors.get(name))
+    for path, said in data.get("rotated_inputs", {}).items():
+        rotate_inputs(model.get_submodule(path), int(said["size"]), int(said["stride"]))
+    for path, said in data.get("restored_outputs", {}).items():
+        restore_outputs(model.get_submodule(path), int(said["size"]), [int(i) for i in said["order"]])
 
 
 def _replace_norm(model: nn.Module, path: str, said: Mapping[str, Any]) -> None:

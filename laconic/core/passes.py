@@ -12,7 +12,7 @@ spoils something that an earlier one needs: rewrites need float weights, repair 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -50,6 +50,8 @@ class Context:
             reached it.
         absmax: path of a module -> largest magnitude of every channel of its output.
         values: path of a parameter -> (value before rounding, value after), where it was rounded.
+        batches: calibration data, each what `laconic.core.calls.call` takes.
+        teacher: the float model, where `model` is being rounded and is compared with it.
         seed: of every random choice.
     """
 
@@ -58,6 +60,8 @@ class Context:
     hessians: Mapping[str, Any] = field(default_factory=dict)
     absmax: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    batches: Sequence[Any] = ()
+    teacher: nn.Module | None = None
     seed: int = 0
 
 

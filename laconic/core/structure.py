@@ -28,6 +28,7 @@ from ._batchnorms import batchnorm_pairs
 from ._chains import chains_of
 from ._export import by_export
 from ._norms import Readers, norms_of
+from ._residuals import Mixer, Residual, mixers_of, residuals_of
 from ._streams import Stream, Writer, streams_of
 from ._trace import Names, Step, Trace, module_of
 from ._tracing import Example, shadow_of, tensors_in
@@ -36,8 +37,8 @@ from ._watch import by_hooks, by_hooks_for_real
 from .affine import channel_axis
 
 __all__ = [
-    "Around", "BufferInfo", "Example", "ParameterInfo", "Readers", "Step", "Stream", "Structure", "Trace", "Use",
-    "Writer",
+    "Around", "BufferInfo", "Example", "Mixer", "ParameterInfo", "Readers", "Residual", "Step", "Stream", "Structure",
+    "Trace", "Use", "Writer",
 ]  # fmt: skip
 
 
@@ -96,6 +97,8 @@ class Structure:
         why: why hooks were used, "" otherwise.
         notes: what could not be found out, in sentences.
         streams: the residual streams that layer norms read.
+        residuals: the residual streams that norms of any kind read.
+        mixers: pairs of linear layers, values and output, between which heads are averaged over tokens.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -112,6 +115,8 @@ class Structure:
     why: str
     notes: list[str] = field(default_factory=list)
     streams: tuple[Stream, ...] = ()
+    residuals: tuple[Residual, ...] = ()
+    mixers: tuple[Mixer, ...] = ()
 
     @classmethod
     def build(cls, model: nn.Module, example: Example, *, how: str | None = None) -> Structure:
@@ -226,13 +231,14 @@ def _read(trace: Trace, model: nn.Module, names: Names) -> Structure:
     calls = Counter(trace.order)
     chains = chains_of(trace, model)
     sizes = {chain: _size(model, chain) for chain in chains}
+    norms = norms_of(trace, reads, names)
     return Structure(
         parameters=parameters,
         buffers=_buffers(model),
         ties=[group for group in names.groups().values() if len(group) > 1],
         calls={path: calls[first] for path, first in names.modules.items()},
         ops=_ops(trace),
-        norms=norms_of(trace, reads, names),
+        norms=norms,
         batchnorm_pairs=batchnorm_pairs(trace, reads, names),
         around=affines_of(trace, reads, names, _channel_axes(model, names)),
         chains=chains,
@@ -241,6 +247,8 @@ def _read(trace: Trace, model: nn.Module, names: Names) -> Structure:
         why=trace.why,
         notes=_notes(trace, parameters, calls, names),
         streams=streams_of(trace),
+        residuals=residuals_of(trace, norms, reads),
+        mixers=mixers_of(trace),
     )
 
 

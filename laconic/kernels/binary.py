@@ -16,6 +16,7 @@ the bits of the reference here, in plain torch: (integer * x_scale) * scale + bi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,10 +24,13 @@ from torch import Tensor
 from laconic.kernels import native, ops
 from laconic.numerics import pack, unpack
 
-__all__ = ["ENCODINGS", "MAX_BITS", "bit_product", "pack_planes", "pack_signs", "plane_values", "quantize_planes"]
+__all__ = [
+    "ENCODINGS", "KERNEL_BITS", "MAX_BITS", "bit_product", "pack_planes", "pack_signs", "plane_values", "quantize_planes",
+]  # fmt: skip
 
 ENCODINGS = {"bipolar": 0, "unsigned": 1, "twos": 2}
-MAX_BITS = 4
+MAX_BITS = 8
+KERNEL_BITS = 4  # planes of a product in the compiled kernel; more are several products of as many
 
 _library = torch.library.Library("laconic", "FRAGMENT")
 _library.define(
@@ -60,7 +64,7 @@ def pack_planes(codes: Tensor, bits: int, *, threads: int | None = None) -> Tens
 
     Args:
         codes: uint8 or int8, of which the low bits count (so int8 gives two's complement).
-        bits: 1 to 4.
+        bits: 1 to 8.
 
     Raises:
         ValueError: bits, shape or type is another.
@@ -69,6 +73,9 @@ def pack_planes(codes: Tensor, bits: int, *, threads: int | None = None) -> Tens
     if codes.ndim != 2 or codes.dtype not in (torch.uint8, torch.int8):
         raise ValueError(f"pack_planes: codes are a uint8 or int8 matrix, got {codes.dtype} of {tuple(codes.shape)}")
     codes = codes.contiguous().view(torch.uint8) if codes.shape[1] else codes.to(torch.uint8)
+    if bits > KERNEL_BITS:
+        parts = ((codes, KERNEL_BITS), (codes >> KERNEL_BITS, bits - KERNEL_BITS))
+        return torch.cat([pack_planes(part, few, threads=threads) for part, few in parts])
     if not is_native(codes):
         return torch.stack([pack_bits(codes >> i & 1) for i in range(bits)])
     out = torch.empty((bits, codes.shape[0], words_of(codes.shape[1])), dtype=torch.int32)
@@ -100,7 +107,7 @@ def quantize_planes(
 
     Args:
         x: (rows, k) float.
-        bits: 1 to 4.
+        bits: 1 to 8.
         encoding: see the module.
         scale: one number, or one for each row, float32.
 
@@ -113,10 +120,10 @@ def quantize_planes(
     rows, k = x.shape
     scale = _own_scale(x, bits, encoding) if scale is None else numbers("x_scale", scale, rows, x.device)
     factor, down, offset, low, high = _coding(scale, bits, encoding)
-    if not is_native(x):
+    if bits > KERNEL_BITS or not is_native(x):
         t = x * (factor if factor.numel() == 1 else factor[:, None])
         codes = ((t.floor() if down else t.round()) + offset).clamp(low, high).to(torch.int32)
-        return torch.stack([pack_bits(codes >> i & 1) for i in range(bits)]), scale
+        return pack_planes((codes & 0xFF).to(torch.uint8), bits, threads=threads), scale
     out = torch.empty((bits, rows, words_of(k)), dtype=torch.int32)
     native.module().pack_planes(
         x.data_ptr(), x.numel(), rows, k, factor.data_ptr(), factor.numel(), down, offset, low, high, bits,
@@ -156,6 +163,8 @@ def bit_product(
 ) -> Tensor:  # fmt: skip
     """int32 (m, n), exact: the product of the numbers behind planes a (p, m, words) and b (q, n, words) along k.
 
+    Sums must fit in int32: at 8 bits on both sides that holds for every k up to 33,000.
+
     Args:
         a, b: int32 planes; words of bits, bits past k zero.
         k: length of a row in bits.
@@ -167,9 +176,26 @@ def bit_product(
     _check_product(a, b, k, a_encoding, b_encoding)
     if not is_native(a, b):
         return _product(a, b, k, a_encoding, b_encoding).to(torch.int32)
+    if max(a.shape[0], b.shape[0]) > KERNEL_BITS:
+        total = torch.zeros((a.shape[1], b.shape[1]), dtype=torch.int32)
+        for low, a_part, a_as in _parts(a, a_encoding):
+            for lower, b_part, b_as in _parts(b, b_encoding):
+                product = bit_product(a_part, b_part, k, a_as, b_as, threads=threads, isa=isa)
+                total += product << (low + lower)
+        return total
     out = torch.empty((a.shape[1], b.shape[1]), dtype=torch.int32)
     _call(a, b, k, a_encoding, b_encoding, exact=out, threads=threads, isa=isa)
     return out
+
+
+def _parts(planes: Tensor, encoding: str) -> Iterator[tuple[int, Tensor, str]]:
+    """Planes that the kernel takes at once: the power of 2 that they stand for, themselves, and their encoding.
+
+    The numbers of all planes are the sum of those of the parts, each shifted; only the top part is signed in `twos`.
+    """
+    for low in range(0, planes.shape[0], KERNEL_BITS):
+        top = low + KERNEL_BITS >= planes.shape[0]
+        yield low, planes[low : low + KERNEL_BITS], encoding if top or encoding != "twos" else "unsigned"
 
 
 def _product(a: Tensor, b: Tensor, k: int, a_encoding: str, b_encoding: str) -> Tensor:
@@ -185,6 +211,9 @@ def _scaled(
     _check_product(a, b, k, *encodings)
     if not is_native(a, b):
         return _scaled_reference(a, b, k, encodings, scales, bias)
+    if max(a.shape[0], b.shape[0]) > KERNEL_BITS:
+        y = bit_product(a, b, k, *encodings, threads=threads, isa=isa).float() * scales[0][:, None] * scales[1]
+        return y if bias is None else y + bias
     out = torch.empty((a.shape[1], b.shape[1]), dtype=torch.float32)
     _call(a, b, k, *encodings, out=out, scales=scales, bias=bias, threads=threads, isa=isa)
     return out
@@ -233,7 +262,7 @@ def bit_serial_linear(
     x: Tensor, planes: Tensor, scale: Tensor, bias: Tensor | None = None, x_scale: Tensor | None = None, *,
     bits: int, encoding: str = "bipolar", x_encoding: str = "bipolar", threads: int | None = None, isa: int = -1,
 ) -> Tensor:  # fmt: skip
-    """y = x_scale * scale * (Q(x / x_scale) W^T) + bias for W of 1 to 4 bits, x rounded to 1 to 4 bits here.
+    """y = x_scale * scale * (Q(x / x_scale) W^T) + bias for W of 1 to 8 bits, x rounded to 1 to 8 bits here.
 
     Args:
         x: (..., k) float.

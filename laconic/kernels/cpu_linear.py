@@ -73,14 +73,16 @@ def linear(
     act: str,
     *,
     int8: bool = False,
+    x_scale: float = 0.0,
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
     """y = act(x W^T + b) + r; see `torch.ops.laconic.linear`.
 
     Args:
-        int8: round each row of x to 8 bits first (symmetric, s = 2 max|x| / 255) and take integer products; else
-            products are float32, which is for few rows of x.
+        int8: round x to 8 bits first (see `laconic.kernels.inputs`) and take integer products; else products are
+            float32, which is for few rows of x.
+        x_scale: of x under `int8`, where one is known before; 0: each row has its own.
         threads: None is torch's number.
         isa: number of the instruction set, -1 the best of this CPU; for tests.
 
@@ -98,6 +100,6 @@ def linear(
         w, flat.data_ptr(), flat.numel(), m, out.data_ptr(), out.numel(),
         bias.data_ptr() if bias is not None else 0, rows if bias is not None else 0,
         other.data_ptr() if other is not None else 0, other.numel() if other is not None else 0,
-        ACTS[act], int8, torch.get_num_threads() if threads is None else threads, isa,
+        ACTS[act], int8, x_scale, torch.get_num_threads() if threads is None else threads, isa,
     )  # fmt: skip
     return out.view(*x.shape[:-1], rows).to(x.dtype)

@@ -23,14 +23,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from laconic.kernels import native, ops
+from laconic.kernels.inputs import round_rows
 
-__all__ = ["DTYPES", "backward", "backward_reference", "forward", "reference"]
+__all__ = ["DTYPES", "at_once", "backward", "backward_reference", "forward", "reference"]
 
 _NUMBER = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # dtype numbers of the extension
 DTYPES = tuple(_NUMBER)  # that the compiled kernels read
 _NONE = (0, 0, 1)  # an operand that is not there
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # --- the references -------------------------------------------------------------------------------------------------
@@ -105,8 +108,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _quantize(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scale) of each row, as `ops.round_inputs` rounds them."""
-    codes, scale = ops.round_rows(y.float())
+    """(codes, scale) of each row, as `inputs.round_inputs` rounds tokens."""
+    codes, scale = round_rows(y.float())
     return codes.nan_to_num(-128).to(torch.int8), scale
 
 
@@ -203,6 +206,30 @@ def _operand(x: Tensor | None) -> tuple[int, int, int]:
 def _takes(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernel is there and reads these; else the reference works."""
     return not ops._by_reference and native.load() is not None and all(t is None or t.dtype in _NUMBER for t in tensors)
+
+
+def at_once(*tensors: Tensor | None) -> bool:
+    """Whether `forward` may be called on these without the op around it, which costs more than a short row does.
+
+    So it is for plain tensors on the CPU of which no gradient is wanted, where the kernel is there, and where nothing
+    traces, transforms or watches torch's functions: all these must see an operation of torch.
+    """
+    if ops._by_reference or native.load() is None:
+        return False
+    gradients = torch.is_grad_enabled()
+    for t in tensors:  # a loop, since this is asked for every norm of a token: generators would double its time
+        if t is not None and (
+            type(t) not in _PLAIN or t.dtype not in _NUMBER or not t.is_cpu or (gradients and t.requires_grad)
+        ):
+            return False
+    return not (
+        torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    )
 
 
 # --- the ops --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from laconic.kernels import cpu_linear, native
+from laconic.kernels.inputs import round_inputs, static_scale
 from laconic.kernels.triton import dispatch
 from laconic.numerics import Int, Scheme, dequantize, unpack_codes
 
@@ -34,8 +35,6 @@ ACTIVATIONS = {
 # Weights dequantized at a time, elements: a reused 8 MiB float32 scratch stays near the caches, and fresh memory of
 # the whole matrix would cost ten times the unpacking in page faults.
 TILE = 1 << 21
-# Each row of the inputs (a token) rounded to 8 bits when the layer runs; the only scheme of inputs so far.
-INT8_TOKENS = "v1/int8/token/float32/minmax/znone/nearest"
 
 _library = torch.library.Library("laconic", "DEF")
 _library.define(
@@ -156,27 +155,6 @@ def _linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act
     return y if residual is None else y + residual
 
 
-def round_inputs(x: Tensor, inputs: str) -> Tensor:
-    """x as a packed linear layer sees it: itself, or each row rounded to 8 bits, s = 2 max|x| / 255, x^ = s round(x / s).
-
-    Raises:
-        ValueError: another scheme than `INT8_TOKENS`.
-    """
-    if not inputs:
-        return x
-    if inputs != INT8_TOKENS:
-        raise ValueError(f"inputs={inputs!r}: '' (as they are) or {INT8_TOKENS!r}")
-    codes, scale = round_rows(x.float())
-    return (codes * scale).to(x.dtype)
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of float32 rows x, whole numbers in -128..127 still as float32, and their scale (..., 1): 2 max|x| / 255, or 1."""
-    scale = 2 * x.abs().amax(-1, keepdim=True) / 255 if x.shape[-1] else x
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (x / scale).round().clamp(-128, 127), scale
-
-
 @contextmanager
 def by_reference() -> Iterator[None]:
     """Compute with the references inside of this block, also where a faster kernel is there: to compare, or to debug.
@@ -198,9 +176,10 @@ def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme,
     how = Scheme.parse(scheme)
     fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
-        int8 = inputs == INT8_TOKENS and cpu_linear.takes_int8(how, x.shape[-1])
+        known = static_scale(inputs)  # also where it is not taken: a word that is not known is refused
+        int8 = bool(inputs) and cpu_linear.takes_int8(how, x.shape[-1])
         x = x if int8 else round_inputs(x, inputs)
-        return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=int8)
+        return cpu_linear.linear(x, codes, scale, zero, bias, residual, how, act, int8=int8, x_scale=known)
     return _linear(x, codes, scale, zero, bias, residual, scheme=scheme, act=act, inputs=inputs)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.kernels import cpu_linear, native
+from laconic.kernels.inputs import static_scale
 from laconic.kernels.ops import ACTIVATIONS
 
 from .packed import Packed
@@ -283,7 +284,7 @@ class _Prepared:
         if int8 and not cpu_linear.takes_int8(spec.scheme, spec.matrix[1]):
             raise _NotTaken
         weights = cpu_linear.weights_of(codes, scale, zeros, spec.scheme, spec.matrix[1])
-        return native.module().Layer(weights, at, spec.matrix[0], int8)
+        return native.module().Layer(weights, at, spec.matrix[0], int8, static_scale(spec.inputs))
 
     def _norm(self, block: nn.Module, path: str) -> Any:
         module: Any = block.get_submodule(path)

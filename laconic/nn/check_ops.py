@@ -1,4 +1,4 @@
-"""Every op of laconic on packed weights, against torch's own operation on the same weights unpacked.
+"""Every op of laconic on packed weights or a packed cache, against torch's own operation on the same numbers unpacked.
 
 The reference goes by `laconic.numerics` alone: W = s (q - z), or s T[q], as float32, and then the float operation. What runs is
 whatever is registered here, so a broken kernel, or one that was built for another machine, shows.
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laconic.kernels import sparse as _sparse  # noqa: F401 - registers torch.ops.laconic.sparse_linear
+from laconic.kernels.attention import dequantize_tokens, quantize_tokens
+from laconic.kernels.binary import pack_planes, pack_signs
+from laconic.kernels.conv import pack_binary_weight, pack_int8_weight
 from laconic.numerics import (
     Binary,
     BlockSparse,
@@ -145,6 +148,89 @@ def _sparse_dense(op: Op) -> Iterator[Case]:
         yield how["format"], op(*operands, **how, k=36, dtype=torch.float32), weight
 
 
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
+def _binary_linear(op: Op) -> Iterator[Case]:
+    for k in (1, 31, 64, 257):
+        for leading in ((), (3,), (2, 3)):
+            x, weight, scale, bias = _noise(*leading, k), _noise(6, k), _noise(6).abs() + 0.1, _noise(6)
+            want = F.linear(_sign(x), _sign(weight)) * scale + bias
+            yield f"{leading} of {k}", op(x, pack_signs(weight), scale, bias), want
+
+
+def _bit_serial_linear(op: Op) -> Iterator[Case]:
+    for k in (33, 128):
+        for bits in (1, 2, 3, 4):
+            for x_bits in (1, 2, 4):
+                # Bipolar numbers: sum_i 2^i (2 b_i - 1), odd and between +-(2^bits - 1).
+                codes = (_noise(6, k) * 100).int().remainder(1 << bits)
+                steps = torch.tensor(0.25)
+                x = (2 * (_noise(3, k) * 100).int().remainder(1 << x_bits) - (1 << x_bits) + 1).float() * steps
+                planes = pack_planes(codes.to(torch.uint8), bits)
+                got = op(x, planes, torch.tensor([0.5]), x_scale=steps.view(1), bits=x_bits)
+                weight = (2 * codes - (1 << bits) + 1).float() * 0.5
+                yield f"{bits} by {x_bits} bits, {k}", got, F.linear(x, weight)
+
+
+def _convolutions() -> Iterator[tuple[str, Tensor, Tensor, Tensor, dict[str, Any]]]:
+    for channels in (3, 32, 40):
+        for stride, padding in ((1, 0), (2, 1)):
+            x, weight, bias = _noise(2, 2 * channels, 7, 6), _noise(4, channels, 3, 2), _noise(4)
+            options = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (1, 1), "groups": 2}
+            yield f"{channels} channels, {options}", x, weight, bias, options
+
+
+def _binary_conv2d(op: Op) -> Iterator[Case]:
+    for case, x, weight, bias, options in _convolutions():
+        scale = torch.linspace(0.5, 1.5, 4)
+        want = F.conv2d(_sign(x), _sign(weight), None, **options) * scale[:, None, None] + bias[:, None, None]
+        yield case, op(x, pack_binary_weight(weight), scale, bias, **options), want
+
+
+def _int8_conv2d(op: Op) -> Iterator[Case]:
+    for case, x, weight, bias, options in _convolutions():
+        codes, step, scale = (
+            (weight * 40).round().clamp(-127, 127).to(torch.int8),
+            torch.tensor([1 / 32]),
+            torch.tensor([0.5]),
+        )
+        rounded = (x * 32).round().clamp(-128, 127) / 32
+        want = F.conv2d(rounded, codes.float() * 0.5, bias, **options)
+        yield case, op(x, pack_int8_weight(codes), scale, bias, step, signed=True, **options), want
+
+
+def _decode_attention(op: Op) -> Iterator[Case]:
+    for bits in (8, 4, 2):
+        for packed, recent in ((64, 5), (32, 0), (0, 9)):
+            q, k, v = _noise(2, 4, 1, 32), _noise(2, 2, packed + recent, 32), -_noise(2, 2, packed + recent, 32).flip(2)
+            stored = [
+                quantize_tokens(t[:, :, :packed], bits, 16, torch.float16) if packed else (None,) * 3 for t in (k, v)
+            ]
+            held = [t[:, :, packed:] if recent else None for t in (k, v)]
+            got = op(q, *held, *stored[0], *stored[1], recent=recent, packed=packed, k_bits=bits, v_bits=bits, v_dim=32)
+            if packed:
+                back = [dequantize_tokens(*parts, bits, 32, packed) for parts in stored]
+                k, v = (torch.cat([a, t[:, :, packed:]], 2) for a, t in zip(back, (k, v), strict=True))
+            yield (
+                f"{bits} bits, {packed} + {recent} tokens",
+                got,
+                F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+            )
+
+
+def _cache_append_(op: Op) -> Iterator[Case]:
+    for bits in (8, 4, 2):
+        for at, n in ((0, 5), (3, 1)):
+            x = _noise(2, 2, n, 32)
+            room = quantize_tokens(torch.zeros(2, 2, 16, 32), bits, 16, torch.float16)
+            op(x, *room, at=at, bits=bits)
+            want = torch.zeros(2, 2, 16, 32)
+            want[:, :, at : at + n] = dequantize_tokens(*quantize_tokens(x, bits, 16, torch.float16), bits, 32, n)
+            yield f"{bits} bits, {n} tokens at {at}", dequantize_tokens(*room, bits, 32, 16), want
+
+
 CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "linear": _linear,
     "embedding": _embedding,
@@ -154,6 +240,12 @@ CASES: dict[str, Callable[[Op], Iterator[Case]]] = {
     "dequantize": _dequantize,
     "sparse_linear": _sparse_linear,
     "sparse_dense": _sparse_dense,
+    "binary_linear": _binary_linear,
+    "bit_serial_linear": _bit_serial_linear,
+    "binary_conv2d": _binary_conv2d,
+    "int8_conv2d": _int8_conv2d,
+    "decode_attention": _decode_attention,
+    "cache_append_": _cache_append_,
 }
 
 
@@ -165,8 +257,9 @@ def check_op(name: str, device: str = "cpu") -> str:
     """
     op = getattr(torch.ops.laconic, name)
 
-    def on_device(*operands: Any, **options: Any) -> Tensor:
-        return op(*(x.to(device) if isinstance(x, Tensor) else x for x in operands), **options).cpu()
+    def on_device(*operands: Any, **options: Any) -> Any:
+        found = op(*(x.to(device) if isinstance(x, Tensor) else x for x in operands), **options)
+        return found if found is None else found.cpu()
 
     count, worst = 0, 0.0
     with torch.no_grad():

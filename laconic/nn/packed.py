@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from laconic.kernels import binary as _binary  # noqa: F401 - registers torch.ops.laconic, as the next two do
 from laconic.kernels import conv as _conv  # noqa: F401
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import check_inputs
 from laconic.numerics import Scheme, pack_codes
 
 View = Literal["rows", "last", "transposed"]
@@ -46,7 +46,8 @@ class PackedParameterSpec:
         shape: of the float parameter.
         view: how it becomes a matrix (rows, k): `rows` flattens all but dim 0 (linear, conv, embedding), `last`
             flattens all but the last dim (experts, anything else), `transposed` swaps two dims (GPT-2's Conv1D).
-        inputs: how the inputs of a linear layer are rounded when it runs: "" (not at all) or `INT8_TOKENS`.
+        inputs: how the inputs of a linear layer are rounded when it runs: "" (not at all) or a word of
+            `laconic.kernels.inputs`.
         order: whether `NAME_order` is stored: column j of the matrix belongs to input order[j] of a linear layer. So are
             stored the weights of tools that put inputs of one importance into one group (GPTQ's act-order).
     """
@@ -85,9 +86,7 @@ class PackedParameterSpec:
         shape = tuple(int(n) for n in data["shape"])
         if not shape or min(shape) < 0 or (view == "transposed" and len(shape) != 2):
             raise ValueError(f"shape {shape} has no {view} view as a matrix")
-        inputs = str(data.get("inputs", ""))
-        if inputs not in ("", INT8_TOKENS):
-            raise ValueError(f"inputs {inputs!r} are not known")
+        inputs = check_inputs(str(data.get("inputs", "")))
         return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view, inputs, bool(data.get("order", False)))
 
 

@@ -42,6 +42,9 @@ from ._confidence_neurons import neuron_table as neuron_table
 from ._confidence_neurons import norm_mediated as norm_mediated
 from ._confidence_neurons import token_frequency_neurons as token_frequency_neurons
 from ._corruptions import CORRUPTIONS as CORRUPTIONS
+from ._depth_usefulness import DepthUsefulness as DepthUsefulness
+from ._depth_usefulness import UsefulnessFinding as UsefulnessFinding
+from ._depth_usefulness import angular_distance as angular_distance
 from ._evonorm import EvoNorm2d as EvoNorm2d
 from ._fold_affine import FoldAffine as FoldAffine
 from ._fold_affine import Folded as Folded
@@ -145,6 +148,8 @@ from ._robustness_probe import Corruption as Corruption
 from ._robustness_probe import RobustnessFinding as RobustnessFinding
 from ._robustness_probe import RobustnessProbe as RobustnessProbe
 from ._robustness_probe import robustness_report as robustness_report
+from ._signal_propagation import PropagationFinding as PropagationFinding
+from ._signal_propagation import SignalPropagation as SignalPropagation
 from ._sla import SimplifiedLinearAttention as SimplifiedLinearAttention
 from ._sla import linear_attention as linear_attention
 from ._snn import SELU as SELU

@@ -39,9 +39,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from laconic.core.card import Card
+from laconic.core.figure import bars
 from laconic.errors import BadInput
-
-from ._figure import bars
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

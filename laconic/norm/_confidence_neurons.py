@@ -45,9 +45,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.card import Card
+from laconic.core.figure import chart
 from laconic.errors import BadInput
-
-from ._figure import chart
 
 START = 3  # positions of a text that are left out: too little stands before them
 SHARE = 40 / 768  # of the head's directions that count as not looked at, the code's figure for GPT-2

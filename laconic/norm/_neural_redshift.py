@@ -43,9 +43,8 @@ from torch import Tensor, nn
 
 from laconic.core._random import derived_seed
 from laconic.core.card import Card
+from laconic.core.figure import chart
 from laconic.errors import BadInput
-
-from ._figure import chart
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu, "gelu": nn.functional.gelu, "selu": torch.selu, "silu": nn.functional.silu,

@@ -42,11 +42,10 @@ from torch import Tensor, nn
 from torch.func import jvp
 
 from laconic.core.card import Card
+from laconic.core.figure import bars
 from laconic.core.placement import SCHEMES, Placement, Residual
 from laconic.core.placing import place
 from laconic.errors import BadInput
-
-from ._figure import bars
 
 RULES: Mapping[str, Callable[[int], float]] = {"1/sqrt(n)": lambda n: 1 / math.sqrt(n), "1/n": lambda n: 1 / n}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

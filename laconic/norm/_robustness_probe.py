@@ -41,10 +41,10 @@ from torch import Tensor, nn
 
 from laconic.core._random import derived_seed
 from laconic.core.card import Card
+from laconic.core.figure import cells
 from laconic.errors import BadInput
 
 from ._corruptions import CORRUPTIONS, GROUP_OF, GROUPS, check, corrupt
-from ._figure import cells
 
 Metric = Callable[[Any, Tensor], Tensor]
 

@@ -10,10 +10,34 @@ from .affine import (
     quantize,
 )
 from .base3 import pack_base3, unpack_base3
+from .blocks import (
+    FP8_E4M3,
+    FP8_E5M2,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    NVFP4,
+    Blocks,
+    BlockScheme,
+    quantize_blocks,
+)
 from .elements import Binary, Element, Int, Levels, Rule, Ternary, parse_element, words_per_row
 from .finite import NotFinite, NotFiniteCount, check_finite, count_not_finite
-from .hadamard import hadamard
+from .floats import FLOATS, MiniFloat, float_codes, float_values, mini_float, round_float
+from .hadamard import (
+    base_matrix,
+    base_order,
+    hadamard,
+    hadamard_block,
+    hadamard_matrix,
+    random_hadamard,
+    random_orthogonal,
+)
 from .levels import TABLES
+from .nested import Nested, dynamic_map, nest
 from .packing import BASE3, DENSE, Layout, layout_of, pack, pack_codes, unpack, unpack_codes
 from .scheme import Scale, Scheme
 from .sparse import BlockSparse, Sparse24, mask_24, mask_blocks, sparse_from
@@ -21,13 +45,27 @@ from .sparse import BlockSparse, Sparse24, mask_24, mask_blocks, sparse_from
 __all__ = [
     "BASE3",
     "DENSE",
+    "FLOATS",
+    "FP8_E4M3",
+    "FP8_E5M2",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "NVFP4",
     "TABLES",
     "Binary",
+    "BlockScheme",
     "BlockSparse",
+    "Blocks",
     "Element",
     "Int",
     "Layout",
     "Levels",
+    "MiniFloat",
+    "Nested",
     "NotFinite",
     "NotFiniteCount",
     "Rule",
@@ -37,21 +75,34 @@ __all__ = [
     "Sparse24",
     "Ternary",
     "affine_params",
+    "base_matrix",
+    "base_order",
     "check_finite",
     "count_not_finite",
     "dequantize",
+    "dynamic_map",
     "fake_quantize",
+    "float_codes",
+    "float_values",
     "grouped",
     "hadamard",
+    "hadamard_block",
+    "hadamard_matrix",
     "layout_of",
     "mask_24",
     "mask_blocks",
+    "mini_float",
+    "nest",
     "pack",
     "pack_base3",
     "pack_codes",
     "params_from_range",
     "parse_element",
     "quantize",
+    "quantize_blocks",
+    "random_hadamard",
+    "random_orthogonal",
+    "round_float",
     "sparse_from",
     "unpack",
     "unpack_base3",

@@ -1,4 +1,4 @@
-"""Data as probes and calibrators read them: inputs with classes, inputs alone, tokens."""
+"""Data as probes and calibrators read them: inputs with classes, inputs alone, tokens, calls with targets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic.core import depth
 from laconic.errors import BadInput
 from laconic.tasks import Task
-from laconic.tasks.base import Batch, call, main_output
+from laconic.tasks.base import Batch, call, call_arguments, main_output
+from laconic.tasks.labels import AccuracyTask
+from laconic.tasks.language import PerplexityTask
 
-__all__ = ["Answering", "inputs_of", "labelled", "tokens_of"]
+__all__ = ["Answering", "calls_of", "inputs_of", "labelled", "tokens_of"]
 
 
 class Answering(nn.Module):
@@ -85,6 +88,32 @@ def tokens_of(task: Task, split: str, limit: int | None = None) -> Tensor:
     if not isinstance(first[0], Mapping) or "input_ids" not in first[0]:
         raise BadInput(f"{task.id} gives no tokens, and a language model's are read here: give a text")
     return torch.cat([batch["input_ids"] for batch in first])  # type: ignore[call-overload]
+
+
+def calls_of(model: nn.Module, task: Task, split: str, limit: int | None = None) -> list[depth.Batch]:
+    """The model's calls on a split, with classes or next tokens as targets where the task asks for these."""
+    found, start = [], 0
+    for batch in task.batches(split, limit=limit):
+        args, kwargs = call_arguments(model, batch)
+        target: Tensor | None = None
+        if isinstance(task, PerplexityTask) and isinstance(batch, Mapping):
+            target = _next_tokens(batch["input_ids"], batch.get("attention_mask"))
+        elif isinstance(task, AccuracyTask):
+            count = depth.Batch(args, kwargs).examples
+            target = torch.as_tensor(np.asarray(task.labels[split][start : start + count])).long()
+            start += count
+        device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        found.append(depth.Batch(args, kwargs, None if target is None else target.to(device)))
+    return found
+
+
+def _next_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(n, t): the token behind each position; none at the end, and where it or the position is padding."""
+    target = ids.new_full(ids.shape, depth.IGNORED)
+    target[:, :-1] = ids[:, 1:]
+    if mask is not None:
+        target[:, :-1][(mask[:, 1:] * mask[:, :-1]) == 0] = depth.IGNORED
+    return target
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 - "rmsnorm": exact where layer norms read a stream of their own (Pre-LN), see `laconic.norm.to_pre_rmsnorm`; a model that
   has RMSNorm loses its gains. Norms behind sums (BERT) are exchanged and the model is trained to say what it said.
 - "crmsnorm": exact, or refused.
-- "repbn": layer norms fade into batch norms that are a product and a sum by channel at inference.
+- "repbn": layer norms fade into batch norms, which are folded into the layers around them; where that cannot be, a product
+  and a sum by channel stay.
 - "none": layer norms are frozen one by one and folded away.
 
 What is not exact is distilled from the model as it was, on the calibration split of the data, for a stated number of
@@ -17,7 +18,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +27,14 @@ from torch import Tensor, nn
 from laconic.core.affine import as_affine
 from laconic.core.fit import TrainTask, fit
 from laconic.core.hooks import Hook, Run
+from laconic.core.outputs import main_output
+from laconic.core.passes import Context
 from laconic.core.record import RENORM, Record, apply_records
-from laconic.core.structure import Structure
+from laconic.core.structure import Example, Structure
 from laconic.errors import BadInput, LaconicError
 from laconic.norm import (
     AdvanceNorms,
+    FoldAffine,
     LayerNormRemover,
     RemovalSchedule,
     fading,
@@ -41,7 +45,6 @@ from laconic.norm import (
 )  # fmt: skip
 from laconic.tasks import TASKS, Task, load_task, own_model
 from laconic.tasks import compare as compare_evaluations
-from laconic.tasks.base import main_output
 
 from .artifact import write_artifact_files
 from .measure import latency_ms, machine, peak_rss, run_batch, versions
@@ -96,7 +99,9 @@ def normalize(
 
     Returns:
         A record: `norms` (path -> what it is now), `left` (path -> why), `exact`, `relative_error` of the output on an
-        example, `before` and `after` (metric, latency), `training`.
+        example, `before` and `after` (metric, latency), `training`, and `folding`, None where nothing was to be folded:
+        `folded` (path -> layers), `unfolded` (path -> why), `bound` (the largest of a layer, relative, see
+        `laconic.core.affine.rounding_bound`) and `relative_error` (of the output, by folding alone).
 
     Raises:
         BadInput: no such target, a model that cannot be converted (with the module, the reason and the way out), data
@@ -127,7 +132,7 @@ def normalize(
     found = {
         "command": " ".join(sys.argv), "model": source.name, "class": type(net).__name__, "to": to, "seed": seed,
         "exact": surgery.training is None, "norms": surgery.norms, "left": surgery.left, "untied": surgery.untied,
-        "training": surgery.training, **_compared(source, before, net, measured, batch or 1, seq, seed, show),
+        "training": surgery.training, "folding": surgery.folding, **_compared(source, before, net, measured, batch or 1, seq, seed, show),
         "bytes": [_bytes(before), _bytes(net)], "notes": [*source.notes, *surgery.notes],
     }  # fmt: skip
     _write(workspace, source, net, surgery.records, to)
@@ -160,6 +165,7 @@ class _Surgery:
         untied: names of parameters that are their own now.
         records: for the artifact.
         training: how it was trained on, or None.
+        folding: what went into the layers around it, or None.
         notes: sentences.
     """
 
@@ -174,6 +180,7 @@ class _Surgery:
         self.untied: list[str] = []
         self.records: list[Record] = []
         self.training: dict[str, Any] | None = None
+        self.folding: dict[str, Any] | None = None
         self.notes: list[str] = []
 
     def perform(self, to: str) -> None:
@@ -239,16 +246,20 @@ class _Surgery:
                 if norm.old.bias is not None:
                     norm.new.bias.copy_(norm.old.bias)
         self._distil((AdvanceNorms(),))
+        records, self.folding = folded(self.net, tuple(norms), self.source.example())
+        self.records += records
+        self.norms |= dict.fromkeys(self.folding["folded"], "folded into the layers around (RepBN)")
         held = {}
-        for path, norm in norms.items():
-            affine = as_affine(norm)
+        for path in self.folding["unfolded"]:
+            affine = as_affine(norms[path])
             if affine is None:
                 raise LaconicError(f"{path} is not affine after its schedule")
             held[path] = (affine, "none")
-        record = _exchange(held)
-        apply_records(self.net, [record])
-        self.records.append(record)
-        self.norms |= dict.fromkeys(norms, "a product and a sum by channel (RepBN)")
+        if held:
+            record = _exchange(held)
+            apply_records(self.net, [record])
+            self.records.append(record)
+            self.norms |= dict.fromkeys(held, "a product and a sum by channel (RepBN)")
         self.left |= changed.left
 
     def _none(self, count: int) -> None:
@@ -285,6 +296,39 @@ class _Surgery:
             "steps": self.steps, "lr": self.lr, "batch": lesson.batch_size, "examples": len(lesson.rows),
             "loss_first": watch.first, "loss_last": watch.last,
         }  # fmt: skip
+
+
+@torch.no_grad()
+def folded(net: nn.Module, paths: Iterable[str], example: Example) -> tuple[list[Record], dict[str, Any]]:
+    """Fold the affine norms at `paths` into the layers around them, in place, where that can be.
+
+    Args:
+        net: in evaluation mode.
+        paths: of norms whose schedules have ended.
+        example: (args, kwargs) of one call.
+
+    Returns:
+        The records, and `folding` of `normalize`.
+    """
+    args, kwargs = example
+    want = main_output(net(*args, **kwargs))
+    method, ctx = FoldAffine(), Context(net, Structure.build(net, example))
+    decision = method.plan(ctx.structure, net)
+    records: list[Record] = []
+    unfolded: dict[str, str] = {}
+    for path in paths:
+        if path in decision.units:
+            records.append(method.solve(path, decision, ctx))
+            method.apply(net, records[-1])
+        else:
+            unfolded[path] = decision.skipped.get(path, "the example does not reach it")
+    got = main_output(net(*args, **kwargs))
+    layers = {record.path: record.data["layers"] for record in records}
+    return records, {
+        "folded": {path: [layer["path"] for layer in into] for path, into in layers.items()}, "unfolded": unfolded,
+        "bound": max((layer["bound"] for into in layers.values() for layer in into), default=0.0),
+        "relative_error": float((got - want).abs().max() / want.abs().max().clamp_min(1e-30)),
+    }  # fmt: skip
 
 
 def _exchange(norms: Mapping[str, tuple[Any, str]]) -> Record:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.units import Unit
-from laconic.kernels.ops import round_inputs
+from laconic.errors import BadInput
+from laconic.kernels.inputs import round_inputs
+from laconic.quant import InputRange
 
 from .measure import run_batch
 from .source_base import bytes_of
@@ -96,6 +98,29 @@ def rounded_inputs(model: nn.Module, units: Iterable[Unit]) -> Iterator[None]:
                 hook = lambda m, args, inputs=unit.inputs: (round_inputs(args[0], inputs), *args[1:])  # noqa: E731
                 stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
+
+
+def input_scales(model: nn.Module, task: Any, paths: Iterable[str], batches: Sequence[Any]) -> dict[str, float]:
+    """The static scale of the inputs of modules, of those that run (see `InputRange`).
+
+    Raises:
+        BadInput: inputs that are not finite, with the module's path.
+    """
+    found: dict[str, InputRange] = {}
+
+    def note(path: str, x: Tensor) -> None:
+        try:
+            found.setdefault(path, InputRange()).add(x)
+        except ValueError as error:
+            raise BadInput(f"{path}: {error}") from error
+
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            hook = lambda m, args, path=path: note(path, args[0])  # noqa: E731
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
+        for batch in batches:
+            run_batch(task, model, batch)
+    return {path: seen.scale() for path, seen in found.items()}
 
 
 def output_absmax(model: nn.Module, task: Any, paths: Iterable[str], batches: Sequence[Any]) -> dict[str, Tensor]:

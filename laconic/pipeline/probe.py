@@ -1,8 +1,9 @@
 """`inspect --probe`: run a probe of the catalog on a model and data.
 
 A probe says what it is called with by `reads`: "labelled" (inputs and classes), "batch" (one batch of these), "inputs",
-or "tokens"; labelled where it says nothing. If its call takes `fit_on`, it gets other examples for that. What its
-constructor takes, or `from_options` where it has that, are its options.
+"tokens", or "batches" (calls of the model and their targets, where there are such: `laconic.core.depth.Batch`); labelled
+where it says nothing. If its call takes `fit_on`, it gets other examples for that. What its constructor takes, or
+`from_options` where it has that, are its options.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from torch import nn
 from laconic.errors import BadInput, LaconicError
 from laconic.tasks import Task, load_task, own_model
 
-from .labelled import inputs_of, labelled, tokens_of
+from .labelled import calls_of, inputs_of, labelled, tokens_of
 from .observe import innermost_module
 from .source import resolve
 from .source_base import first_line
 
 __all__ = ["READS", "run_probe"]
 
-READS = ("labelled", "batch", "inputs", "tokens")
+READS = ("labelled", "batch", "inputs", "tokens", "batches")
 BATCH = 64  # examples of "batch"
 
 
@@ -86,7 +87,7 @@ def run_probe(
     record = {
         "model": source.name, "probe": probe.__name__, "data": loaded.id, "options": dict(options or {}), "seed": seed,
         "table": [dict(row) for row in finding.table], "cost": finding.cost, "seconds": time.perf_counter() - began,
-        "notes": loaded.notes,
+        "notes": [*loaded.notes, *getattr(finding, "notes", ())],
     }  # fmt: skip
     return record, finding
 
@@ -111,6 +112,8 @@ def _arguments(probe: Any, net: nn.Module, task: Task, examples: int | None) -> 
     reads = getattr(probe, "reads", "labelled")
     if reads == "tokens":
         return (net, tokens_of(task, "verify", examples)), {}
+    if reads == "batches":
+        return (net, calls_of(net, task, "verify", examples)), {}
     if reads == "inputs":
         names, x = inputs_of(task, "verify", examples)
         if names is not None and len(names) > 1:

@@ -19,6 +19,8 @@ STAGES: dict[str, Stage] = {
     "fuse_blocks": "export",
 }  # fmt: skip
 
+Inputs = Literal["auto", "float", "int8", "int8_static"]
+
 
 class FoldBatchNorm(BaseModel):
     """Fold batch norms into the convolution or linear layer before them."""
@@ -52,15 +54,16 @@ class FuseBlocks(BaseModel):
 class Quantize(BaseModel):
     """Pack parameters. `units`, where given, fixes every scheme (null: left as it is); else bits are allocated.
 
-    `inputs` says whether packed linear layers round their inputs to 8 bits a token when they run, which lets them take
-    integer products: auto does so only where a latency ceiling cannot be kept otherwise.
+    `inputs` says whether packed linear layers round their inputs to 8 bits when they run, which lets them take integer
+    products: each token by a scale of its own (int8), or all by one scale that is calibrated before (int8_static, which
+    needs data). auto rounds tokens, and only where a latency ceiling cannot be kept otherwise.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     action: Literal["quantize"] = Field("quantize", alias="pass")
     method: Literal["gptq", "rtn"] = "gptq"
     bits: list[int] = list(BITS)
-    inputs: Literal["auto", "float", "int8"] = "auto"
+    inputs: Inputs = "auto"
     units: dict[str, str | None] | None = None
 
     @field_validator("bits")
@@ -124,12 +127,11 @@ class Recipe(BaseModel):
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
     def with_units(
-        self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True, int8: bool = False
+        self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True, inputs: Inputs = "float"
     ) -> Recipe:
         """The same recipe with every choice written out, without a bias correction that was not kept."""
         step = self.quantize or Quantize()
         units = {name: str(s) if s is not None else None for name, s in decision.items()}
-        inputs = "int8" if int8 else "float"
         fixed = step.model_copy(update={"units": units, "method": method, "inputs": inputs})
         kept = [p for p in self.passes if correct_biases or not isinstance(p, BiasCorrection)]
         return Recipe(passes=[fixed if isinstance(p, Quantize) else p for p in kept])

@@ -88,7 +88,7 @@ def build_record(
         "coverage": coverage, "units_reused": workspace.reused,
         "units_total": sum(1 for s in decision.values() if s is not None),
         "seconds": {"total": 0.0, "stages": run.seconds}, "peak_rss_bytes": peak_rss(),
-        "tried": run.tried,
+        "tried": run.tried, "explained": run.explained,
         "units": _units(run, decision, records),
         "ledger": run.ledger, "ledger_header": run.header, "ledger_padding": run.padding,
         "changed": _changed(before, after), "notes": _notes(run),

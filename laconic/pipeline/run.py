@@ -25,7 +25,7 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
 from laconic.errors import BadInput, LaconicError
 from laconic.kernels import native
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, static_scale
 from laconic.nn import storage_names
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
@@ -36,12 +36,22 @@ from laconic.tasks import compare as compare_evaluations
 from . import interrupt
 from .budget import Budget
 from .decide import fisher, option_costs
+from .explain import explain
 from .ledger import coverage, ledger
+from .look import SEEN, look, tokenizer_of
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
-from .observe import batches_of, data_digest, histograms, innermost_module, output_absmax, rounded_inputs
+from .observe import (
+    batches_of,
+    data_digest,
+    histograms,
+    innermost_module,
+    input_scales,
+    output_absmax,
+    rounded_inputs,
+)
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
-from .recipe import Recipe
-from .solve import Solving, column_power, solve
+from .recipe import Inputs, Recipe
+from .solve import Solving, column_power, owner, solve
 from .source import Source, check_finite, resolve
 from .source_base import all_tensors, bytes_of
 from .source_weights import few
@@ -52,7 +62,7 @@ from .timing import LayerTimes, blank_model, fuse_records, rows_seen
 from .tryout import Choice, fit, grown, try_plans
 from .workspace import Workspace, digest
 
-CALIBRATION_TOKENS = 16384  # positions that calibration sees; more helps little and costs time in proportion
+CALIBRATION_TOKENS = SEEN
 SENSITIVITY_TOKENS = 4096
 QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
 ROUNDS = 3  # plans that are solved at most, each larger than the one before, where the drop is missed
@@ -119,6 +129,7 @@ class Run:
         self.histograms: dict[str, dict[str, Any]] = {}
         self._select_before: Evaluation | None = None
         self._costs: dict[str, list[float]] | None = None
+        self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
 
     # --- what was given ---------------------------------------------------------------------------------------------
@@ -138,12 +149,21 @@ class Run:
                 o = self.options
                 self.task = load_task(data, source, columns, o.seed, batch=o.batch, seq=o.seq)
                 self.notes += self.task.notes
+                self._look(source, meta)
             if streamed:
                 check_weights(source)
             self.ground = meta if streamed else self.ground_in_memory(source)
             self.ground.streamed = streamed
         if self.task is not None and not streamed:
             self._try_forward()
+
+    def _look(self, source: Source, meta: Ground) -> None:
+        """Say what is wrong with the examples before anything is calibrated on them."""
+        if self.task is None or "calibrate" not in self.task.splits:
+            return
+        for seen in look(self.task, meta.packable, tokenizer_of(source), self.options.seq):
+            if seen.state == "warning":
+                self._note(f"calibration data: {seen.sentence}")
 
     def check_budget(self, has_data: bool) -> None:
         """Refuse what no plan can promise."""
@@ -287,6 +307,7 @@ class Run:
             if larger is None:
                 break
             decision = larger
+            self._explain(decision)
             self._write_decision(decision, method)
             packed = self._solve(decision, method, digests)
         records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + packed
@@ -334,31 +355,70 @@ class Run:
         method = step.method if step and self.batches("calibrate", 1) else "rtn"
         kept = self.workspace.read_json("decision.json")
         if kept is not None and kept.get("identity") == self.identity:
-            self.tried = kept["tried"]
+            self.tried, self.explained = kept["tried"], kept["explained"]
             for note in kept["notes"]:
                 self._note(note)
             units = kept["units"]
             in_order = [u.name for u in self.ground.units if u.name in units]
             decision = {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}
-            set_inputs(self.ground.units, decision, kept["inputs"])
+            for unit in self.ground.units:
+                unit.inputs = kept["inputs"].get(unit.name, "")
             return decision, kept["method"]
         with self.stage("decide"):
             decision = {} if step is None else self.fixed(self.ground) or self._allocate()
-        if step is not None and (step.inputs == "int8" or self._int8()):
+        if step is not None and step.inputs == "int8_static":
+            with self.stage("inputs"):
+                self._static_inputs(decision)
+        elif step is not None and (step.inputs == "int8" or self._int8()):
             set_inputs(self.ground.units, decision, INT8_TOKENS)
+        self._explain(decision)
         self._write_decision(decision, method)
         return decision, method
+
+    def _explain(self, decision: Choice) -> None:
+        """What was weighed, where something was."""
+        if self._costs is not None:
+            self.explained = explain(self.ground.packable, self._costs, decision)
 
     def _write_decision(self, decision: Choice, method: str) -> None:
         self.workspace.write_json(
             "decision.json",
             {
                 "identity": self.identity, "method": method, "budget": self.budget.text, "ceiling": self.ceiling,
-                "inputs": INT8_TOKENS if self._int8() else "",
+                "inputs": {unit.name: unit.inputs for unit in self.ground.units if unit.inputs},
                 "units": {n: str(s) if s is not None else None for n, s in decision.items()},
-                "tried": self.tried, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
+                "tried": self.tried, "explained": self.explained, "notes": self.notes, "machine": machine(), "seconds": self.seconds,
             },
         )  # fmt: skip
+
+    def _static_inputs(self, decision: Choice) -> None:
+        """One scale for the inputs of each linear layer that is packed, from the calibrate split.
+
+        Raises:
+            BadInput: there is no data, or the model does not fit under --max-ram.
+        """
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        if self.ground.streamed or not batches:
+            why = "does not fit under --max-ram" if self.ground.streamed else "has no data"
+            raise BadInput(
+                f"inputs: int8_static calibrates a scale for every layer, and the model {why}: say int8, which rounds each "
+                "token by a scale of its own"
+            )
+        ground = self.ground
+        set_inputs(ground.units, decision, INT8_TOKENS)
+        linear = [unit for unit in ground.units if unit.inputs]
+        scales = input_scales(ground.model, self.task, {owner(unit) for unit in linear}, batches)
+        for unit in linear:
+            if owner(unit) in scales:
+                unit.inputs = int8_tensor(scales[owner(unit)])
+        if left := [unit.name for unit in linear if owner(unit) not in scales]:
+            self._note(f"inputs are rounded by tokens, since they do not run on the calibration data: {few(left)}")
+
+    def _inputs(self) -> Inputs:
+        """How packed linear layers take their inputs, as a recipe says it."""
+        if any(static_scale(unit.inputs) for unit in self.ground.units):
+            return "int8_static"
+        return "int8" if self._int8() else "float"
 
     def _int8(self) -> bool:
         """Whether packed linear layers round their inputs."""
@@ -568,14 +628,17 @@ class Run:
             after = self.task.evaluate(self.ground.model, "select")
         found = compare_evaluations(self._select_before, after, self.task.metric, self.options.seed)
         size = self.ground.layout(decision).total_bytes
-        self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select")
+        self._tried(f"{name}, {self.ground.source.size_before / size:.2f}x", size, found, "select", decision)
         return found.drop
 
-    def _tried(self, name: str, size: int, found: Comparison, split: str, chosen: bool = False) -> None:
+    def _tried(
+        self, name: str, size: int, found: Comparison, split: str, decision: Choice | None = None, chosen: bool = False
+    ) -> None:
         low, high = self.interval(found)
-        self.tried.append(
-            {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
-        )
+        one = {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
+        if decision is not None:
+            one["units"] = {n: str(s) if s is not None else None for n, s in decision.items()}
+        self.tried.append(one)
 
     def interval(self, found: Comparison) -> tuple[float, float]:
         """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three)."""
@@ -613,11 +676,28 @@ class Run:
                 f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect"
             )
         kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
-        recipe = self.options.recipe.with_units(decision, method, kept, self._int8())
+        recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
         write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
+        self._write_frontier(partial / "plans", method, kept)
         for record in records:
             record.data.pop("key", None)
         write_artifact_files(partial, source=ground.source, records=records, ledger=self.ledger, versions=versions())
+
+    def _write_frontier(self, folder: Path, method: str, kept: bool) -> None:
+        """The recipes of the plans that were tried and that no other one beats in both size and drop."""
+        from laconic.report.charts.pareto import frontier
+
+        best = {id(one) for one in frontier([one for one in self.tried if one["split"] == "select"])}
+        for one in self.tried:
+            units = one.pop("units", None)
+            if units is None or id(one) not in best:
+                continue
+            decision = {name: Scheme.parse(text) if text else None for name, text in units.items()}
+            recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{one['size']}.yaml"
+            write_whole(file, recipe.to_yaml().encode())
+            one["recipe"] = f"{folder.name}/{file.name}"
 
     def _float(self, name: str, solved: str | None = None) -> Tensor:
         """A tensor that is left as it is, or a bias that was corrected with the solution kept under a key."""

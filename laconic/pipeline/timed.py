@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from laconic.core.record import FOLD, Record
 from laconic.core.units import Unit
 from laconic.errors import Impossible
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor
 from laconic.numerics import Scheme
 
 from .plan import Ground
@@ -72,7 +72,7 @@ def find_timed(
         bytes_ceiling: of the file, or None.
         before: milliseconds of the float model.
         ceiling: milliseconds that the packed one may take.
-        ways: how inputs may be taken, "" or `INT8_TOKENS`, the better first.
+        ways: how inputs may be taken (words of `laconic.kernels.inputs`), the better first.
         try_whole: milliseconds of a plan as a whole.
 
     Raises:
@@ -121,5 +121,8 @@ def find_timed(
 
 
 def ways_of(inputs: str) -> list[str]:
-    """How inputs may be taken under a recipe's word: as they are first, since that costs no quality."""
-    return {"float": [""], "int8": [INT8_TOKENS]}.get(inputs, ["", INT8_TOKENS])
+    """How inputs may be taken under a recipe's word: as they are first, since that costs no quality.
+
+    A static scale is found after a plan is: until then any stands for it, since times do not depend on it.
+    """
+    return {"float": [""], "int8": [INT8_TOKENS], "int8_static": [int8_tensor(1.0)]}.get(inputs, ["", INT8_TOKENS])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.calls import Stop, capture, first_output, has_tensor
 from laconic.core.structure import Structure
 from laconic.quant import Hessian, fast_products
 
@@ -25,10 +26,6 @@ from .residency import Activations, InMemory, Streamed
 
 Residency = InMemory | Streamed
 Modules = Mapping[str, nn.Module]
-
-
-class _Stop(Exception):
-    """Ends a forward when what was wanted has been seen."""
 
 
 class Inputs:
@@ -67,7 +64,7 @@ class Inputs:
         self._waiting = set(self.modules)
         try:
             yield
-        except _Stop:
+        except Stop:
             pass
         finally:
             self._seen.clear()
@@ -76,7 +73,7 @@ class Inputs:
         self._add(path, module, args, kwargs)
         self._waiting.discard(path)
         if self.once and not self._waiting:
-            raise _Stop
+            raise Stop
 
     def _add(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -166,11 +163,13 @@ class Chain:
         if any(structure.calls.get(b) != 1 for b in blocks):
             return "its blocks run more than once"
         with residency.running():
-            seen, outputs = _capture(model, task, first_rows(batches[0], 1), blocks, last=blocks[-1])
+            seen, outputs = capture(
+                model, lambda: task.forward(model, first_rows(batches[0], 1)), blocks, last=blocks[-1]
+            )
         if set(seen) != set(blocks):
             return "some of its blocks do not run on this data"
         for previous, block in zip(blocks, blocks[1:], strict=False):
-            if not seen[block][0] or seen[block][0][0] is not _first(outputs.get(previous)):
+            if not seen[block][0] or seen[block][0][0] is not first_output(outputs.get(previous)):
                 return f"{block} reads more than the output of {previous}"
         first_args, first_kwargs = seen[blocks[0]]
         constant = all(
@@ -188,8 +187,11 @@ class Chain:
         self.hidden, self.rest = Activations(spill), []
         with self.residency.running():
             for batch in self.batches:
-                seen, _ = _capture(
-                    self.model, self.task, batch, self.blocks, first=self.blocks[0] if self.constant else None
+                seen, _ = capture(
+                    self.model,
+                    lambda batch=batch: self.task.forward(self.model, batch),
+                    self.blocks,
+                    first=self.blocks[0] if self.constant else None,
                 )
                 self.hidden.append(seen[self.blocks[0]][0][0])
                 rest = {b: (a[1:], k) for b, (a, k) in seen.items()}
@@ -206,7 +208,7 @@ class Chain:
         """Replace the activations by the block's outputs."""
         with fast_products():
             for number in range(len(self.hidden)):
-                self.hidden[number] = _first(self._call(block, number))
+                self.hidden[number] = first_output(self._call(block, number))
 
     @contextmanager
     def block(self, block: str) -> Iterator[None]:
@@ -246,59 +248,11 @@ def first_rows(batch: Any, n: int) -> Any:
     return tuple(value[:n] for value in batch)
 
 
-def _capture(
-    model: nn.Module,
-    task: Any,
-    batch: Any,
-    blocks: Sequence[str],
-    *,
-    first: str | None = None,
-    last: str | None = None,
-) -> tuple[dict, dict]:
-    """Arguments and outputs of every block in one forward, which ends as it enters `first` or leaves `last`."""
-    seen: dict[str, tuple[tuple, dict]] = {}
-    outputs: dict[str, Any] = {}
-
-    def before(path: str, args: tuple, kwargs: dict) -> None:
-        seen[path] = (args, kwargs)
-        if path == first:
-            raise _Stop
-
-    def after(path: str, output: Any) -> None:
-        outputs[path] = output
-        if path == last:
-            raise _Stop
-
-    handles = []
-    for path in blocks:
-        module = model.get_submodule(path)
-        handles.append(
-            module.register_forward_pre_hook(lambda m, a, k, path=path: before(path, a, k), with_kwargs=True)
-        )
-        handles.append(module.register_forward_hook(lambda m, a, out, path=path: after(path, out)))
-    try:
-        task.forward(model, batch)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, outputs
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 def _same(a: tuple, b: tuple) -> bool:
     """Whether two tuples hold the same objects (tensors by identity, nested tuples by members)."""
     if len(a) != len(b):
         return False
     return all(
-        x is y or (isinstance(x, tuple) and isinstance(y, tuple) and _same(x, y)) or (not _has_tensor(x) and x == y)
+        x is y or (isinstance(x, tuple) and isinstance(y, tuple) and _same(x, y)) or (not has_tensor(x) and x == y)
         for x, y in zip(a, b, strict=True)
     )
-
-
-def _has_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and any(_has_tensor(v) for v in x))

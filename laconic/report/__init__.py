@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from .answers import labels_table, similarity_table, speed_line
+from .blame import blame_lines
+from .examine import examine_lines
+from .explain import explain_lines
 from .findings import calibration_table, finding_table
 from .html import render_report, write_report
 from .jsonline import json_line
@@ -13,9 +16,12 @@ from .terminal import comparison_table, summary_table
 from .tree import inspect_tree
 
 __all__ = [
+    "blame_lines",
     "calibration_table",
     "clean",
     "comparison_table",
+    "examine_lines",
+    "explain_lines",
     "finding_table",
     "inspect_tree",
     "json_line",

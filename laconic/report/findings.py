@@ -38,7 +38,8 @@ def _table(title: str, rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in rows[0]:
         numbers = all(isinstance(row[name], (int, float)) or row[name] is None for row in rows)
-        table.add_column(str(name).replace("_", " "), justify="right" if numbers else "left")
+        # A path that is cut is no path: text goes on below.
+        table.add_column(str(name).replace("_", " "), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_value(value) for value in row.values()))
     return table

@@ -94,6 +94,11 @@ def _context(record: Mapping) -> dict[str, Any]:
         "size_bars": charts.size_bars(record),
         "drop_strip": charts.drop_strip(record),
         "pareto": charts.pareto(record),
+        "plans": [
+            {"recipe": p["recipe"], "size": text.bytes_(p["size"]), "drop": text.drop(p["drop"], unit_of(record))}
+            for p in record.get("tried") or []
+            if p.get("recipe")
+        ],
         "kinds": charts.kind_bars(record),
         "units": charts.unit_panels(record),
         "widths": charts.widths(record),

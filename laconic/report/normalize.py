@@ -22,6 +22,12 @@ def normalize_table(record: Mapping) -> RenderableType:
     left = list(record["left"].items())
     said += [f"{path} stays: {reason}" for path, reason in left[:SHOWN]]
     said += [f"{len(left) - SHOWN} more stay"] * (len(left) > SHOWN)
+    folding = record["folding"]
+    unfolded = list(folding["unfolded"].items()) if folding is not None else []
+    said += [f"{path} is not folded: {reason}" for path, reason in unfolded[:SHOWN]]
+    said += [f"{len(unfolded) - SHOWN} more are not folded"] * (len(unfolded) > SHOWN)
+    if folding is not None and folding["folded"]:
+        said.append(f"folding moved the output by {folding['relative_error']:.1e} of its largest value")
     said += record["notes"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ratio",
     "scheme",
     "seconds",
+    "size_ticks",
     "tick",
     "value",
 ]
@@ -54,6 +56,20 @@ def tick(n: float) -> str:
     """Bytes on an axis: like `bytes_`, without zeros that say nothing."""
     figure, unit = bytes_(n).split(" ")
     return f"{figure.rstrip('0').rstrip('.') if '.' in figure else figure} {unit}"
+
+
+def size_ticks(sizes: Sequence[float]) -> list[str]:
+    """Different bytes on one axis, as `tick` says them; where two would read alike, all with as many digits as it takes."""
+    labels = [tick(n) for n in sizes]
+    if len(set(labels)) == len(set(sizes)):
+        return labels
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, power = next((one for one in units if one[1] <= max(sizes)), ("B", 1.0))
+    for digits in range(1, 16):
+        labels = [f"{n / power:.{digits}f} {unit}" for n in sizes]
+        if len(set(labels)) == len(set(sizes)):
+            break
+    return labels
 
 
 def count(n: float | None) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic.core.outputs import main_output
 from laconic.errors import BadInput
 
 from .metrics import Evaluation, Metric, pair
 
-__all__ = ["SPLITS", "Batch", "Task", "call", "cut", "disjoint", "main_output"]
+__all__ = ["SPLITS", "Batch", "Task", "call", "call_arguments", "cut", "disjoint", "main_output"]
 
 SPLITS = ("calibrate", "select", "verify")
 OPTIONAL_INPUTS = ("attention_mask", "token_type_ids")  # left out for a forward that does not know them
@@ -45,9 +46,7 @@ class Task(ABC):
 
     splits: tuple[str, ...] = SPLITS
 
-    def __init__(
-        self, id: str, metric: Metric, *, model_name: str | None = None, seed: int = 0, batch: int = 32
-    ):
+    def __init__(self, id: str, metric: Metric, *, model_name: str | None = None, seed: int = 0, batch: int = 32):
         self.id, self.metric, self.model_name, self.seed, self.batch = id, metric, model_name, seed, batch
         self.sizes: dict[str, int] = {}
         self.notes: list[str] = []
@@ -113,9 +112,7 @@ class Task(ABC):
                 module.training = mode
         return found if reference is None else pair(reference, found, self.metric)
 
-    def outputs(
-        self, model: nn.Module, split: str, progress: Progress | None = None
-    ) -> Iterator[tuple[Batch, Tensor]]:
+    def outputs(self, model: nn.Module, split: str, progress: Progress | None = None) -> Iterator[tuple[Batch, Tensor]]:
         """Run a model over a split without gradients: pairs of (batch, output on the CPU in float32)."""
         batches = self.batches(split)
         for done, batch in enumerate(batches, 1):
@@ -157,43 +154,25 @@ def inputs_on(device: torch.device | str) -> Iterator[None]:
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch, on its own device; without a key-value cache where it knows that option."""
+    args, kwargs = call_arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def call_arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What `call` calls a model with: the arguments by position, and those by name."""
     held = next(chain(model.parameters(), model.buffers()), None)
     device = _inputs_device.get() or (torch.device("cpu") if held is None else held.device)
     if not isinstance(batch, Mapping):
-        return model(*(value.to(device) for value in batch))
+        return tuple(value.to(device) for value in batch), {}
     known = inspect.signature(model.forward).parameters
     named = "input_ids" in known  # else the signature says nothing (*args, **kwargs): pass everything
-    inputs = {
+    inputs: dict[str, Any] = {
         k: v.to(device) for k, v in batch.items() if k in known or k not in OPTIONAL_INPUTS or not named
     }
-    return model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
+    return (), inputs | ({"use_cache": False} if "use_cache" in known else {})
 
 
-def main_output(output: Any) -> Tensor:
-    """What a model's output says most by: logits, else the last hidden state, else the first floating tensor.
-
-    Raises:
-        BadInput: there is no floating tensor in it.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        for name in ("logits", "logits_per_image", "last_hidden_state"):
-            if isinstance(output.get(name), Tensor):
-                return output[name]
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        for value in output:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value
-    raise BadInput(
-        f"the model returns {type(output).__name__} without a floating tensor; there is nothing to measure"
-    )
-
-
-def disjoint(
-    n: int, sizes: Mapping[str, int], seed: int, labels: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def disjoint(n: int, sizes: Mapping[str, int], seed: int, labels: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Draw disjoint splits of n examples, the same for the same seed, in shuffled order.
 
     Args:

@@ -1,4 +1,13 @@
 # The public names: `from ._<id> import Name as Name`, sorted by module. `laconic new` adds its own.
+from ._a2q import A2Q as A2Q
+from ._a2q import AccumulatorNeed as AccumulatorNeed
+from ._a2q import a2q_penalty as a2q_penalty
+from ._a2q import accumulator_aware_ as accumulator_aware_
+from ._a2q import accumulator_codes as accumulator_codes
+from ._a2q import check_accumulator as check_accumulator
+from ._a2q import overflow_bound as overflow_bound
+from ._a2q import simulated_accumulator as simulated_accumulator
+from ._a2q import wrap_sums as wrap_sums
 from ._elr_probe import ElrFinding as ElrFinding
 from ._elr_probe import ElrProbe as ElrProbe
 from ._elr_probe import angles as angles

@@ -20,7 +20,7 @@ from laconic.interop.checkpoints import METHODS, checkpoint_format
 from laconic.interop.compressed_tensors import compressed_tensors_tensors
 from laconic.interop.gptq import gptq_tensors, packed_inputs
 from laconic.interop.matrix import QuantizedMatrix
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import declare, is_packed, packed_specs
 from laconic.numerics import Int, Scale, Scheme, affine_params, quantize
 from laconic.pipeline.export import export

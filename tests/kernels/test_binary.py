@@ -211,14 +211,32 @@ def test_opcheck(road: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.laconic.bit_serial_linear.default, (x, planes, scale, bias), {"bits": 3})
 
 
+@pytest.mark.parametrize(("p", "q"), [(5, 1), (4, 8), (8, 8), (7, 3)])
+@pytest.mark.parametrize("a_encoding", binary.ENCODINGS)
+@pytest.mark.parametrize("b_encoding", binary.ENCODINGS)
+def test_more_planes_than_the_kernel_takes(road: str, p: int, q: int, a_encoding: str, b_encoding: str) -> None:
+    for m, n, k in ((1, 1, 1), (3, 5, 70), (0, 2, 33)):
+        (va, a), (vb, b) = integers(m, k, p, a_encoding), integers(n, k, q, b_encoding)
+        assert torch.equal(binary.plane_values(a, k, a_encoding), va.int())
+        got = binary.bit_product(a, b, k, a_encoding, b_encoding)
+        assert torch.equal(got, (va.double() @ vb.double().T).int())
+    x, weight = noise(4, 37), noise(6, 37, seed=1)
+    planes, scale = binary.quantize_planes(weight, q, b_encoding)
+    got = binary.bit_serial_linear(x, planes, scale, bits=p, encoding=b_encoding, x_encoding=a_encoding)
+    own, x_scale = binary.quantize_planes(x, p, a_encoding)
+    stored = binary.plane_values(planes, 37, b_encoding) * scale[:, None]
+    want = (binary.plane_values(own, 37, a_encoding) * x_scale[:, None]).double() @ stored.double().T
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_fit_is_refused(road: str) -> None:
     (_, a), (_, b) = integers(2, 40, 1, "bipolar"), integers(3, 40, 1, "bipolar")
     with pytest.raises(ValueError, match=r"a is torch.int32 of shape \(1, 2, 2\); rows of 70 bits"):
         binary.bit_product(a, b, 70)
     with pytest.raises(ValueError, match="encoding='signed': one of bipolar, unsigned, twos"):
         binary.bit_product(a, b, 40, "signed")
-    with pytest.raises(ValueError, match="bits is 5, must be 1 to 4"):
-        binary.quantize_planes(noise(1, 4), 5, "bipolar")
+    with pytest.raises(ValueError, match="bits is 9, must be 1 to 8"):
+        binary.quantize_planes(noise(1, 4), 9, "bipolar")
     with pytest.raises(ValueError, match=r"codes are a uint8 or int8 matrix, got torch.int32"):
         binary.pack_planes(torch.zeros(2, 2, dtype=torch.int32), 2)
     with pytest.raises(ValueError, match=r"scale has shape \(2,\), must be one number or one for each of 3 rows"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from laconic.kernels import cpu_linear, native
-from laconic.kernels.ops import ACTIVATIONS, INT8_TOKENS, round_inputs
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, round_inputs, static_scale
+from laconic.kernels.ops import ACTIVATIONS
 from laconic.nn import PackedParameterSpec, pack_tensors
 from laconic.numerics import Scheme, affine_params, dequantize, quantize
 
@@ -130,18 +134,20 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 class TestInputsOf8Bits:
+    @pytest.mark.parametrize("inputs", [INT8_TOKENS, int8_tensor(0.013)], ids=["tokens", "static"])
     @pytest.mark.parametrize("isa", ISAS)
     @pytest.mark.parametrize(
         "scheme", [s for s in SCHEMES if not any(word in s for word in ("group5", "levels"))]
     )
-    def test_equals_the_product_of_rounded_inputs(self, scheme: str, isa: int) -> None:
+    def test_equals_the_product_of_rounded_inputs(self, scheme: str, isa: int, inputs: str) -> None:
+        known = static_scale(inputs)
         for rows, k in SHAPES:
             parsed, operands, weight = packed(rows, k, scheme)
             bias = noise(rows)
             for m, act in ((0, "none"), (1, "gelu"), (3, "relu"), (6, "none"), (8, "none"), (29, "silu")):
                 x, residual = noise(m, k), noise(m, rows)
-                got = cpu_linear.linear(x, *operands, bias, residual, parsed, act, int8=True, isa=isa)
-                rounded = round_inputs(x, INT8_TOKENS).double()
+                got = cpu_linear.linear(x, *operands, bias, residual, parsed, act, int8=True, x_scale=known, isa=isa)
+                rounded = round_inputs(x, inputs).double()
                 want = ACTIVATIONS[act](rounded @ weight.double().t() + bias) + residual
                 size = (rounded.abs() @ weight.double().abs().t() + 1).max() if want.numel() else 1.0
                 torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6 * float(size))
@@ -181,7 +187,26 @@ class TestInputsOf8Bits:
         y.sum().backward()
         torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 64), rtol=1e-5, atol=1e-5)
 
-    def test_other_schemes_of_inputs_are_refused(self) -> None:
+    def test_a_static_scale_cuts_off_what_is_larger(self) -> None:
+        parsed, operands, weight = packed(6, 64, SCHEMES[5])
+        x, words = noise(12, 64), {"scheme": str(parsed), "inputs": int8_tensor(0.005)}
+        want = (x / 0.005).round().clamp(-128, 127) * 0.005 @ weight.t()
+        for rows in (x, x[:2]):  # by panels, and by rows
+            got = torch.ops.laconic.linear(rows, *operands, **words)
+            torch.testing.assert_close(got, want[: len(rows)], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("inputs", ["int4", INT8_TOKENS.replace("token", "tensor"), int8_tensor(0.5).replace("0.5", "-1.0")])
+    def test_other_schemes_of_inputs_are_refused(self, inputs: str) -> None:
         parsed, operands, _ = packed(6, 64, SCHEMES[5])
-        with pytest.raises(ValueError, match="inputs='int4'"):
-            torch.ops.laconic.linear(noise(3, 64), *operands, scheme=str(parsed), inputs="int4")
+        with pytest.raises(ValueError, match=re.escape(f"inputs={inputs!r}")):
+            torch.ops.laconic.linear(noise(3, 64), *operands, scheme=str(parsed), inputs=inputs)
+
+    @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan, 1e39, 1e-60])
+    def test_a_static_scale_is_positive(self, scale: float) -> None:
+        with pytest.raises(ValueError, match="a static scale of inputs"):
+            int8_tensor(scale)
+
+    def test_a_static_scale_is_what_kernels_take(self) -> None:
+        for scale in (0.1, 1 / 3, 1e-30, 3e30):
+            assert static_scale(int8_tensor(scale)) == torch.tensor(scale).item()
+            assert int8_tensor(static_scale(int8_tensor(scale))) == int8_tensor(scale)

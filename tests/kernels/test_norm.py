@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.kernels import native, norm, ops
+from laconic.kernels import native, norm
+from laconic.kernels.inputs import INT8_TOKENS, round_inputs
 
 laconic = torch.ops.laconic
 MODULE = native.load()
@@ -109,7 +110,7 @@ def test_forward_equals_the_reference(kind: dict, dtype: torch.dtype, isa: int) 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_are_those_of_8_bit_inputs(dtype: torch.dtype) -> None:
     y, codes, scale = laconic.layer_norm_int8(noise(9, 100, dtype=dtype), eps=1e-5)
-    assert torch.equal((codes.float() * scale).to(dtype), ops.round_inputs(y, ops.INT8_TOKENS))
+    assert torch.equal((codes.float() * scale).to(dtype), round_inputs(y, INT8_TOKENS))
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laconic.kernels import native, ops
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor
 from laconic.nn import PackedParameterSpec, declare, fill, pack_tensors
 from laconic.numerics import Binary, Int, Levels, Scale, Scheme, Ternary, affine_params, dequantize, quantize
 
@@ -338,7 +339,7 @@ def test_ops_under_autocast_and_inference_mode():
     assert found.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("inputs", ["", ops.INT8_TOKENS], ids=["float", "int8"])
+@pytest.mark.parametrize("inputs", ["", INT8_TOKENS, int8_tensor(0.02)], ids=["float", "int8", "static"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_linear_layer_is_the_reference_to_rounding(scheme, inputs, monkeypatch):
     weights, x = packed(scheme, 9, 64), noise(3, 64)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from laconic.kernels import native, ops
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor
 from laconic.nn import PackedParameterSpec, declare, fill, is_packed, pack_tensors
 from laconic.nn.blocks import FusedBlock, fuse, fuse_block
 from laconic.numerics import Scheme, affine_params, quantize
@@ -160,7 +161,7 @@ def test_decoder_blocks_with_and_without_a_cache(make: Any, scheme: str) -> None
 
 @pytest.mark.parametrize("make", [bert, llama])
 def test_inputs_of_8_bits_for_any_number_of_tokens(make: Any) -> None:
-    plain, fused = twins(make(), SCHEMES[1], ops.INT8_TOKENS)
+    plain, fused = twins(make(), SCHEMES[1], INT8_TOKENS)
     ids = torch.arange(3 * 40).reshape(3, 40) % 99
     with torch.no_grad():
         want = plain(ids)[0]
@@ -169,6 +170,54 @@ def test_inputs_of_8_bits_for_any_number_of_tokens(make: Any) -> None:
     # A last bit of a norm may turn a code of the next layer's inputs: an 8-bit step, and no more.
     assert float((got[0] - want).abs().max()) < 0.02 * float(want.abs().max())
     assert float((got[0] - want).abs().mean()) < 0.002 * float(want.abs().max())
+
+
+def packed_with_static_inputs(model: nn.Module, ids: Tensor, mixed: bool) -> nn.Module:
+    """Linear layers of the blocks packed, with one scale for the inputs of each, from what they read."""
+    largest: dict[str, float] = {}
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layer" in n}
+    for name, module in linear.items():
+        module.register_forward_pre_hook(lambda m, args, n=name: largest.__setitem__(n, float(args[0].abs().max())))
+    with torch.no_grad():
+        model(ids)
+    for number, (name, module) in enumerate(linear.items()):
+        module._forward_pre_hooks.clear()
+        scheme = Scheme.parse((*SCHEMES, "v1/int4/group16/float16/minmax/znone/nearest")[number % 3 if mixed else 1])
+        weight = module.weight.detach()
+        spec = PackedParameterSpec(scheme, tuple(weight.shape), inputs=int8_tensor(largest[name] / 127))
+        scale, zero = affine_params(weight, scheme)
+        tensors = pack_tensors(spec, quantize(weight, scale, zero, scheme), scale, zero)
+        declare(module, "weight", spec)
+        fill(module, "weight", tensors)
+    return model
+
+
+@pytest.mark.parametrize("wide", [80, 70, 77])
+@pytest.mark.parametrize("mixed", [False, True], ids=["alike", "other groups"])
+@pytest.mark.parametrize("make", [bert, llama])
+def test_inputs_by_a_scale_that_is_known(make: Any, mixed: bool, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SMALL, "intermediate_size", wide)
+    ids = torch.arange(3 * 40).reshape(3, 40) % 99
+    plain = packed_with_static_inputs(make(), ids, mixed)
+    fused = copy.deepcopy(plain)
+    assert set(fuse(fused).values()) == {""}
+    for some in (ids, ids[:1, :5]):  # by panels, and by rows
+        with torch.no_grad():
+            want = plain(some)[0]
+        got, count = runs_short(fused, some)
+        assert count == 2
+        # As above: a last bit may turn a code, which is one step of 127.
+        assert float((got[0] - want).abs().max()) < 0.02 * float(want.abs().max())
+        assert float((got[0] - want).abs().mean()) < 0.002 * float(want.abs().max())
+    several, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                found.append(fused.base_model(ids)[0])  # not the head, whose products are torch's
+    finally:
+        torch.set_num_threads(several)
+    assert torch.equal(*found), "the same bits for any number of threads"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

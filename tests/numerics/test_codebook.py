@@ -289,7 +289,7 @@ def test_schemes_print_and_parse() -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("v1/levelsnf3/channel/float32/minmax/znone/nearest", "one of nf4, fp4"),
+        ("v1/levelsnf5/channel/float32/minmax/znone/nearest", "nf4, fp4"),
         ("v1/levels/channel/float32/minmax/znone/nearest", "name=''"),
         ("v1/ternary2/channel/float32/minmax/znone/nearest", "'ternary2' is not known"),
         ("v1/binary/channel/float32/minmax/znone/nearest", "scales of binary go by 'absmean'"),

@@ -86,6 +86,40 @@ def test_the_recipe_of_an_artifact_gives_it_again(classifier, result, tmp_path):
     assert hashes(replayed.out) == hashes(result.out)
 
 
+def test_the_frontier_of_what_was_tried_comes_as_recipes(classifier, result, tmp_path):
+    points = [p for p in result.record["tried"] if p.get("recipe")]
+    assert points and all((result.out / p["recipe"]).is_file() for p in points)
+    assert [p["size"] for p in sorted(points, key=lambda p: p["drop"])] == sorted((p["size"] for p in points), reverse=True)
+    assert all(p["recipe"] in (result.out / "report.html").read_text() for p in points)
+    smallest = min(points, key=lambda p: p["size"])
+    again = run(classifier, tmp_path / "again", recipe=result.out / smallest["recipe"])
+    assert again.size_after == smallest["size"], "the recipe of a plan gives the file that the plan says"
+
+
+def test_explain_weighs_every_parameter(classifier, result):
+    told = result.record["explained"]
+    units = told["units"]
+    assert sum(one["share"] for one in units.values()) == pytest.approx(1.0)
+    for name, one in units.items():
+        assert one["up"] is None or (one["up"]["bytes"] > 0 and one["up"]["share"] < 0), name
+        assert one["down"] is None or one["down"]["bytes"] < 0, name
+    gains = [-one["up"]["share"] * told["total"] / one["up"]["bytes"] * 1e6 for one in units.values() if one["up"]]
+    assert told["price"] >= max(gains) * (1 - 1e-9), "the price is the best that more bytes buy"
+
+
+def test_explain_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "explained_model.py").write_text(MODULE)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(60, 24)).astype(np.float32))
+    arguments = ("compress", "explained_model:build", "--data", "x.npz", "--budget", "size=3x")
+    code, printed, said = run_cli(capsys, *arguments, "--out", "out", "--explain", "--quiet")
+    assert code == 0, said
+    printed = " ".join(printed.split())
+    assert "enter.weight: int" in printed and "of the loss" in printed and "a megabyte more would take away" in printed
+    code, printed, _ = run_cli(capsys, *arguments, "--out", "again", "--recipe", "out/recipe.yaml", "--explain", "--quiet")
+    assert code == 0 and "The recipe states every choice" in " ".join(printed.split())
+
+
 MODULE = """
 import torch
 from tests.pipeline.runs import Classifier

@@ -15,7 +15,7 @@ from laconic.core.allocate import allocate, allocate_within
 from laconic.core.units import Unit
 from laconic.errors import BadInput, Impossible
 from laconic.kernels import native
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS, static_scale
 from laconic.nn import packed_specs
 from laconic.nn.blocks import FusedBlock
 from laconic.pipeline import run as run_module
@@ -111,6 +111,25 @@ def test_a_ceiling_that_needs_it_rounds_inputs_and_the_artifact_says_so(
     again = compress(*llama, "size=3x", recipe=tmp_path / "out" / "recipe.yaml", out=tmp_path / "again")
     assert (again.out / "model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
     assert {s.inputs for n, s in packed_specs(laconic.load(again.out)).items() if "proj" in n} == {INT8_TOKENS}
+
+
+def test_inputs_with_a_scale_that_is_calibrated(llama: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "static.yaml"
+    recipe.write_text("passes:\n- pass: quantize\n  inputs: int8_static\n- pass: fuse_blocks\n")
+    result = compress(*llama, "size=3x", recipe=recipe, out=tmp_path / "out")
+    specs = {n: s for n, s in packed_specs(laconic.load(result.out)).items() if "proj" in n}
+    scales = {name: static_scale(spec.inputs) for name, spec in specs.items()}
+    assert scales and all(scale > 0 for scale in scales.values())
+    assert scales["model.layers.0.self_attn.q_proj.weight"] == scales["model.layers.0.self_attn.k_proj.weight"]
+    assert len(set(scales.values())) > 2, "layers that read other inputs have other scales"
+    # What was written says it again, and gives the same file.
+    again = compress(*llama, "size=3x", recipe=result.out / "recipe.yaml", out=tmp_path / "again")
+    assert (again.out / "model.safetensors").read_bytes() == (result.out / "model.safetensors").read_bytes()
+    assert scales == {n: static_scale(s.inputs) for n, s in packed_specs(laconic.load(again.out)).items() if n in scales}
+    code, _, err = run_cli(
+        capsys, "compress", llama[0], "--budget", "size=3x", "--recipe", str(recipe), "--out", str(tmp_path / "bad")
+    )
+    assert code == 2 and "calibrates a scale for every layer, and the model has no data" in err
 
 
 def test_a_ceiling_out_of_reach_ends_with_the_fastest_that_was_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from laconic.core.affine import rounding_bound
 from laconic.errors import BadInput
+from laconic.nn.stream_norm import ChannelAffine
+from laconic.norm import fading, to_prepbn
 from laconic.pipeline.load import load
-from laconic.pipeline.normalize import normalize
+from laconic.pipeline.normalize import folded, normalize
 from tests.core.test_placing import MODELS
 from tests.norm.test_ln_removal import gpt2
 from tests.pipeline.runs import run_cli
@@ -36,7 +40,9 @@ def tokens(tmp_path_factory):
 IDS = torch.arange(10).remainder(23)[None]
 
 
-@pytest.mark.parametrize(("name", "to"), [("gpt2", "rmsnorm"), ("gpt2", "crmsnorm"), ("vit", "rmsnorm"), ("llama", "rmsnorm")])
+@pytest.mark.parametrize(
+    ("name", "to"), [("gpt2", "rmsnorm"), ("gpt2", "crmsnorm"), ("vit", "rmsnorm"), ("llama", "rmsnorm")]
+)
 def test_exact_conversions_need_no_data_and_load_again(name, to, tmp_path):
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -81,6 +87,62 @@ def test_inexact_conversions_are_trained_on_and_load_again(name, to, tmp_path, t
     assert opened(IDS)[0].isfinite().all()
     if to == "none":
         assert not any("Norm" in type(module).__name__ for module in opened.modules())
+
+
+def test_batch_norms_are_folded_where_they_can_be(tmp_path, tokens, capsys):
+    """GPT-2: every norm but the last, which the tied head reads."""
+    folder = saved("gpt2", tmp_path / "model")
+    args = ("--to", "repbn", "--data", tokens, "--steps", "30", "--lr", "1e-3", "--batch", "4")
+    code, printed, said = run_cli(capsys, "normalize", folder, *args, "--out", tmp_path / "out", "--json")
+    assert code == 0, said
+    found = json.loads(printed)
+    norms = {f"transformer.h.{i}.ln_{j}" for i in range(2) for j in (1, 2)}
+    folding = found["folding"]
+    assert set(folding["folded"]) == norms and set(folding["unfolded"]) == {"transformer.ln_f"}
+    assert folding["folded"]["transformer.h.0.ln_1"] == ["transformer.h.0.attn.c_attn"]
+    assert "transformer.wte.weight" in folding["unfolded"]["transformer.ln_f"]
+    assert 0 < folding["bound"] < 1e-4 and folding["relative_error"] < 1e-5
+    opened = load(tmp_path / "out", verify=True)
+    assert all(type(opened.get_submodule(path)) is nn.Identity for path in norms)
+    assert type(opened.get_submodule("transformer.ln_f")) is ChannelAffine
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, opened(IDS).logits)
+    code, printed, _ = run_cli(capsys, "normalize", folder, *args, "--out", tmp_path / "again")
+    assert code == 0 and "4 norms: folded into the layers around (RepBN)" in printed
+    assert "transformer.ln_f is not folded: " in printed and "folding moved the output by" in printed
+
+
+@pytest.mark.parametrize(("name", "count", "kept"), [("gpt2", 4, 1), ("vit", 8, 1), ("bert", 0, 9)])
+def test_the_folded_model_agrees_with_the_unfolded_one_within_the_bound(name, count, kept):
+    """Layer by layer, and the output of the whole."""
+    torch.manual_seed(0)
+    model, inputs = (gpt2(), {"input_ids": IDS}) if name == "gpt2" else MODELS[name]()
+    model = model.eval()
+    to_prepbn(model, 1, 0, alpha=0.5)
+    norms = fading(model)
+    with torch.no_grad():
+        for norm in norms.values():
+            norm.advance()
+            for _, value in [*norm.new.named_parameters(), *norm.new.named_buffers()]:
+                if value.ndim == 1:
+                    value.uniform_(0.5, 2.0)
+    unfolded = copy.deepcopy(model).double()
+    records, folding = folded(model, tuple(norms), ((), inputs))
+    assert (len(folding["folded"]), len(folding["unfolded"])) == (count, kept)
+    assert folding["relative_error"] < 1e-5 and all(folding["unfolded"].values())
+    for record in records:
+        norm = unfolded.get_submodule(record.path)
+        for said in record.data["layers"]:
+            layer, exact = (net.get_submodule(said["path"]) for net in (model, unfolded))
+            weight = layer.weight.mT if said["turned"] else layer.weight
+            x = torch.randn(7, weight.shape[1])
+            with torch.no_grad():
+                error = (layer(x).double() - exact(norm(x.double()))).abs()
+            assert (error <= rounding_bound(weight, layer.bias, x)).all()
+            assert 0 < said["bound"] <= folding["bound"]
 
 
 def test_what_is_refused(tmp_path):

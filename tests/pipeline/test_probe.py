@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from laconic.catalog.probes import probe_class, probes
-from laconic.norm import BBQ, CALIBRATORS, load_calibrator, save_calibrator
+from laconic.core.depth import IGNORED
+from laconic.errors import BadInput
+from laconic.norm import BBQ, CALIBRATORS, DepthUsefulness, load_calibrator, save_calibrator
 from laconic.pipeline.calibrate import calibrate_confidence
+from laconic.pipeline.labelled import calls_of
 from laconic.pipeline.probe import READS, run_probe
+from laconic.tasks.language import PerplexityTask
 from tests.pipeline.runs import run_cli
 
 
@@ -60,6 +64,60 @@ def test_a_probe_on_a_model_and_data(id, images):
     )
     assert record["table"] and record["cost"] and json.dumps(record, default=str)
     assert ElementTree.fromstring(finding.plot()).tag.endswith("svg")
+
+
+class Residual(nn.Module):
+    """x + F(x) on pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+class Deep(nn.Module):
+    """A classifier of small pictures made of residual blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.head = nn.Sequential(*(Residual() for _ in range(3))), nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.head(self.blocks(images / 255).mean((2, 3)))
+
+
+@pytest.mark.parametrize("id", ["signal_propagation", "depth_usefulness"])
+def test_the_depth_of_a_classifier(id, images):
+    columns = {"images": "images", "label": "label"}
+    record, finding = run_probe(probe_class(id), (Deep(), example()), images, columns=columns)
+    assert [row["block"] for row in record["table"]][-3:] == [f"blocks.{i}" for i in range(3)]
+    assert "cross-entropy" in " ".join(record["notes"]) and json.dumps(record, default=str, allow_nan=False)
+    if id == "depth_usefulness":
+        assert all(row["rise_error"] > 0 for row in record["table"])
+    with pytest.raises(BadInput, match="Images has no residual blocks"):
+        run_probe(probe_class(id), (Images(), example()), images, columns=columns)
+
+
+def test_the_depth_of_a_language_model(tmp_path):
+    from tests.core.test_placing import llama
+
+    torch.manual_seed(0)
+    model, inputs = llama()
+    task = PerplexityTask("text", {"verify": torch.randint(23, (6, 7)).numpy()}, batch=4)
+    batches = calls_of(model, task, "verify")
+    assert [batch.examples for batch in batches] == [4, 2]
+    finding = DepthUsefulness()(model, batches)
+    nll = task.evaluate(model.eval(), "verify").per_example
+    assert finding.loss == pytest.approx(float((nll[:, 0] / nll[:, 1]).mean()), rel=1e-5)
+    masked = PerplexityTask(
+        "text", {"verify": inputs["input_ids"].numpy()}, masks={"verify": np.array([[1] * 7, [1, 1, 1] + [0] * 4])}
+    )
+    [batch] = calls_of(model, masked, "verify")
+    assert (batch.target != IGNORED).tolist() == [[True] * 6 + [False], [True, True] + [False] * 5]
+    assert (batch.target[:, 0] == inputs["input_ids"][:, 1]).all()
 
 
 def test_every_probe_says_what_it_reads():

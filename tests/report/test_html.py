@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from laconic.report import render_report, write_report
+from laconic.report import render_report, text, write_report
+from laconic.report.charts import pareto
 
 from .sample import HOSTILE, INT8, make_record
 
@@ -149,8 +150,33 @@ def test_far_tries_do_not_flatten_the_others(page):
 
 
 @pytest.mark.parametrize(
-    "gone", ["task", "units", "ledger", "tried", "latency", "seconds", "machine", "before"]
+    ("sizes", "labels"),
+    [
+        ([22.5e6, 22.6e6, 22.7e6], ["22.5 MB", "22.6 MB", "22.7 MB"]),
+        ([0, 5e6, 1e7], ["0 B", "5 MB", "10 MB"]),
+        ([22.61e6, 22.62e6, 22.63e6], ["22.61 MB", "22.62 MB", "22.63 MB"]),
+        ([123.4e6, 123.402e6], ["123.400 MB", "123.402 MB"]),
+        ([999.9e3, 1.0e6, 1.0001e6], ["0.9999 MB", "1.0000 MB", "1.0001 MB"]),
+        ([7.0], ["7 B"]),
+        ([0.0, 0.2, 0.4], ["0.0 B", "0.2 B", "0.4 B"]),
+        ([22610000.2, 22610000.4], ["22.6100002 MB", "22.6100004 MB"]),
+    ],
 )
+def test_ticks_of_sizes_that_lie_close_differ(sizes, labels):
+    assert text.size_ticks(sizes) == labels
+
+
+def test_the_size_axis_of_candidates_that_lie_close_has_different_labels():
+    record = make_record(40)
+    for number, one in enumerate(record["tried"]):
+        one["size"] = 22_600_000 + 3_000 * number
+    record["budget"]["size"]["bytes"] = 22_640_000
+    for drawn in str(pareto(record)).split("<svg")[1:]:
+        labels = re.findall(r">([\d.]+ MB)</text>", drawn)
+        assert len(labels) > 2 and len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("gone", ["task", "units", "ledger", "tried", "latency", "seconds", "machine", "before"])
 def test_a_part_that_was_not_measured_is_no_error(record, gone):
     for absent in (dict(record, **{gone: None}), {k: v for k, v in record.items() if k != gone}):
         html = Page(render_report(absent))

@@ -12,8 +12,8 @@ namespace nb = nanobind;
 namespace laconic::edge {
 namespace {
 
-Layer layer_of(const Weights& weights, Address bias, Int bias_length, bool int8) {
-  const Layer layer{.w = matrix_of(weights), .bias = reinterpret_cast<const float*>(bias), .int8 = int8};
+Layer layer_of(const Weights& weights, Address bias, Int bias_length, bool int8, float x_scale) {
+  const Layer layer{.w = matrix_of(weights), .bias = reinterpret_cast<const float*>(bias), .int8 = int8, .x_scale = checked_scale(x_scale)};
   if (bias != 0) check_block("bias", bias, bias_length, 1, weights.rows, 4);
   if (int8 && !takes_int8(layer.w)) refuse("inputs of 8 bits need integer weights in groups of a multiple of 4");
   return layer;
@@ -126,10 +126,10 @@ void bind_block(nb::module_& m) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<Layer>(m, "Layer", "A linear layer of a block.")
       .def("__init__",
-           [](Layer* self, const Weights& weights, Address bias, Int bias_length, bool int8) {
-             new (self) Layer(layer_of(weights, bias, bias_length, int8));
+           [](Layer* self, const Weights& weights, Address bias, Int bias_length, bool int8, float x_scale) {
+             new (self) Layer(layer_of(weights, bias, bias_length, int8, x_scale));
            },
-           nb::arg("weights"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("int8"))
+           nb::arg("weights"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("int8"), nb::arg("x_scale"))
       .def("__init__",
            [](Layer* self, Address weight, Int length, Int rows, Int k, Address bias, Int bias_length) {
              new (self) Layer(dense_of(weight, length, rows, k, bias, bias_length));

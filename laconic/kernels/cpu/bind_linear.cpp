@@ -74,7 +74,7 @@ Epilogue epilogue_of(Address bias, Int bias_length, Address residual, Int residu
 }
 
 void linear(const Weights& weights, Address x, Int x_length, Int m, Address out, Int out_length, Address bias,
-            Int bias_length, Address residual, Int residual_length, Int act, bool int8, Int threads, Int isa) {
+            Int bias_length, Address residual, Int residual_length, Int act, bool int8, float x_scale, Int threads, Int isa) {
   Linear job{.w = matrix_of(weights), .x = nullptr, .out = nullptr, .m = m, .x_stride = weights.k,
              .out_stride = weights.rows, .then = {}};
   check_block("x", x, x_length, m, weights.k, 4);
@@ -82,6 +82,7 @@ void linear(const Weights& weights, Address x, Int x_length, Int m, Address out,
   job.x = reinterpret_cast<const float*>(x);
   job.out = reinterpret_cast<float*>(out);
   job.then = epilogue_of(bias, bias_length, residual, residual_length, act, m, weights.rows);
+  job.x_scale = checked_scale(x_scale);
   const int many = threads_of(threads);
   const Isa use = isa_of(isa);
   if (int8) {
@@ -114,7 +115,7 @@ void bind_linear(nb::module_& m) {
            nb::arg("groups"), nb::arg("group"), nb::arg("bits"), nb::arg("k"), nb::arg("base3"));
   m.def("linear", &linear, nb::arg("weights"), nb::arg("x"), nb::arg("x_length"), nb::arg("m"), nb::arg("out"),
         nb::arg("out_length"), nb::arg("bias"), nb::arg("bias_length"), nb::arg("residual"),
-        nb::arg("residual_length"), nb::arg("act"), nb::arg("int8"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
+        nb::arg("residual_length"), nb::arg("act"), nb::arg("int8"), nb::arg("x_scale"), nb::arg("threads"), nb::arg("isa") = -1, unlocked());
 }
 
 }  // namespace laconic::edge

@@ -1,6 +1,8 @@
 // Packed matrices at the Python edge.
 #pragma once
 
+#include <limits>
+
 #include "checks.hpp"
 #include "linear.hpp"
 
@@ -21,5 +23,11 @@ struct Weights {
 
 /// The matrix, with every bound checked.
 Matrix matrix_of(const Weights& w);
+
+/// A scale of inputs: 0, or a positive number.
+inline float checked_scale(float x_scale) {
+  if (!(x_scale >= 0.0f && x_scale < std::numeric_limits<float>::infinity())) refuse("x_scale is 0, or a positive number");
+  return x_scale;
+}
 
 }  // namespace laconic::edge

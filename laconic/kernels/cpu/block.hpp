@@ -22,7 +22,8 @@ struct Norm {
 struct Layer {
   Matrix w;
   const float* bias;  // or null
-  bool int8;          // inputs are rounded to 8 bits a token
+  bool int8;          // inputs are rounded to 8 bits
+  float x_scale;      // by this, or by a scale of each token's own where it is 0
 };
 
 struct Block {

@@ -11,22 +11,33 @@ constexpr int kPanel = 2 * Simd::kLanes;
 constexpr bool kWide = Simd::kLanes == 16;  // 32 registers, else 16
 constexpr int kTile = kWide && kMostRows > 2 ? 6 : 2;  // rows of x whose sums, twice two vectors each, stay in registers
 
-/// s = 2 max|x| / 255 (1 if all are zero), c = clamp(round(x / s), -128, 127): `Int(8)` a token, symmetric. Returns s;
-/// codes beyond k are zero.
-inline float round_row(const float* x, std::int64_t k, std::int64_t k_padded, std::int8_t* codes) {
+/// c = clamp(round(x / s), -128, 127) of a vector.
+inline Simd::I round_to_codes(Simd::F x, Simd::F step) {
+  using V = Simd;
+  return V::to_int(V::min(V::max(V::round(V::div(x, step)), V::splat(-128.0f)), V::splat(127.0f)));
+}
+
+/// 2 max|x| / 255 (1 if all are zero): `Int(8)` a token, symmetric.
+inline float scale_of_row(const float* x, std::int64_t k) {
   using V = Simd;
   V::F top = V::zero();
   for (std::int64_t i = 0; i < k; i += V::kLanes)
     top = V::max(top, V::abs(V::load_first(x + i, static_cast<int>(k - i < V::kLanes ? k - i : V::kLanes))));
   const float largest = V::largest(top);
-  const float scale = largest > 0.0f ? 2.0f * largest / 255.0f : 1.0f;
-  const V::F step = V::splat(scale), low = V::splat(-128.0f), high = V::splat(127.0f);
+  return largest > 0.0f ? 2.0f * largest / 255.0f : 1.0f;
+}
+
+/// Codes of a row by a scale that is known, or by its own where that is 0. Returns the scale; codes beyond k are zero.
+inline float round_row(const float* x, std::int64_t k, std::int64_t k_padded, float known, std::int8_t* codes) {
+  using V = Simd;
+  const float scale = known > 0.0f ? known : scale_of_row(x, k);
+  const V::F step = V::splat(scale);
   for (std::int64_t i = 0; i < k_padded; i += 4 * V::kLanes) {
     V::I part[4];
     for (int j = 0; j < 4; ++j) {
       const std::int64_t at = i + j * V::kLanes, left = k - at;
       const V::F v = left >= V::kLanes ? V::load(x + at) : left > 0 ? V::load_first(x + at, static_cast<int>(left)) : V::zero();
-      part[j] = V::to_int(V::min(V::max(V::round(V::div(v, step)), low), high));
+      part[j] = round_to_codes(v, step);
     }
     V::store_words(codes + i, V::narrow(part[0], part[1], part[2], part[3]));
   }
@@ -48,12 +59,55 @@ inline std::int32_t sum_codes(const std::int8_t* codes, std::int64_t begin, std:
 inline void round_inputs(const Linear& job, const Rounded& to, std::int64_t begin, std::int64_t end, std::int8_t* codes) {
   const std::int64_t k = job.w.k, group = job.w.group;
   for (std::int64_t m = begin; m < end; ++m) {
-    to.scale[m] = round_row(job.x + m * job.x_stride, k, to.k_padded, codes);
+    to.scale[m] = round_row(job.x + m * job.x_stride, k, to.k_padded, job.x_scale, codes);
     for (std::int64_t g = 0; g < job.w.groups; ++g)
       to.sums[m * job.w.groups + g] = sum_codes(codes, g * group, (g + 1) * group < k ? (g + 1) * group : k);
     std::int8_t* tile = to.codes + m / kTile * kTile * to.k_padded + m % kTile * 4;
     for (std::int64_t i = 0; i < to.k_padded; i += 4) __builtin_memcpy(tile + i * kTile, codes + i, 4);
   }
+}
+
+/// Sums, and scales where one is known, of rows [begin, end), begin a whole tile, from their codes. Three vectors hold whole words of all rows
+/// of a tile, whatever kTile is (6 or 2), so that lane l of vector v belongs to row (v kLanes + l) mod kTile.
+inline void sum_inputs(const Linear& job, const Rounded& of, std::int64_t begin, std::int64_t end) {
+  using V = Simd;
+  constexpr int kVectors = 3, kWords = kVectors * V::kLanes / kTile;
+  static_assert(kVectors * V::kLanes % kTile == 0);
+  const std::int64_t groups = job.w.groups, group = groups > 1 ? job.w.group : of.k_padded;
+  const V::I ones = V::splat_word(0x01010101);
+  for (std::int64_t first = begin; first < end; first += kTile) {
+    const int rows = static_cast<int>(end - first < kTile ? end - first : kTile);
+    const std::int8_t* tile = of.codes + first * of.k_padded;
+    for (int m = 0; m < rows && job.x_scale > 0.0f; ++m) of.scale[first + m] = job.x_scale;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      std::int64_t word = g * group / 4;
+      const std::int64_t stop = g + 1 < groups ? word + group / 4 : of.k_padded / 4;
+      V::I sum[kVectors];
+      for (V::I& one : sum) one = V::splat_word(0);
+      for (; word + kWords <= stop; word += kWords)
+        for (int v = 0; v < kVectors; ++v)
+          sum[v] = V::dot4(sum[v], ones, V::load_words(tile + 4 * (word * kTile + v * V::kLanes)));
+      alignas(64) std::int32_t lanes[kVectors * V::kLanes];
+      for (int v = 0; v < kVectors; ++v) V::store_words(lanes + v * V::kLanes, sum[v]);
+      for (int m = 0; m < rows; ++m) {
+        std::int32_t total = 0;
+        for (int i = m; i < kVectors * V::kLanes; i += kTile) total += lanes[i];
+        for (std::int64_t w = word; w < stop; ++w)
+          for (int byte = 0; byte < 4; ++byte) total += tile[4 * (w * kTile + m) + byte];
+        of.sums[(first + m) * groups + g] = total;
+      }
+    }
+  }
+}
+
+/// Results of a row and a panel as inputs of the next layer: two vectors, from column `first` on.
+inline void store_codes(const Rounded& next, Simd::F step, Simd::F low, Simd::F high, std::int64_t m, std::int64_t first) {
+  using V = Simd;
+  alignas(64) std::int8_t codes[4 * V::kLanes];
+  const V::I none = V::splat_word(0);
+  V::store_words(codes, V::narrow(round_to_codes(low, step), round_to_codes(high, step), none, none));
+  std::int8_t* tile = next.codes + m / kTile * kTile * next.k_padded + m % kTile * 4;
+  for (int i = 0; i < kPanel; i += 4) __builtin_memcpy(tile + (first + i) * kTile, codes + i, 4);
 }
 
 /// Bytes of scratch: the panel (k_padded / 4, kPanel words), its scales and scaled zero points (groups, kPanel), sums of
@@ -184,6 +238,21 @@ void panel_block(const Linear& job, const Rounded& in, const Panel& panel, const
   }
   if (!span.last) {
     unroll<2 * M>([&](auto i) LACONIC_UNROLLED { V::store(kept + i * V::kLanes, total[i]); });
+    return;
+  }
+  if (job.next != nullptr) {
+    F bias[2];
+    unroll<2>([&](auto h) LACONIC_UNROLLED {
+      const std::int64_t left = w.rows - first - h * V::kLanes;
+      bias[h] = job.then.bias == nullptr || left <= 0 ? V::zero()
+                : V::load_first(job.then.bias + first + h * V::kLanes, static_cast<int>(left < V::kLanes ? left : V::kLanes));
+    });
+    const F step = V::splat(job.next_scale);
+    unroll<M>([&](auto m) LACONIC_UNROLLED {
+      const F scale = V::splat(in.scale[m0 + m]);
+      store_codes(*job.next, step, activate(V::fma(total[2 * m], scale, bias[0]), job.then.act),
+                  activate(V::fma(total[2 * m + 1], scale, bias[1]), job.then.act), m0 + m, first);
+    });
     return;
   }
   unroll<2>([&](auto h) LACONIC_UNROLLED {

@@ -57,7 +57,7 @@ inline void lay_rows(const Linear& job, const RoundedRows& to, std::int8_t* natu
   const int width = rows_width(job.w);
   std::int8_t* second = natural + k_padded;
   for (std::int64_t m = 0; m < job.m; ++m) {
-    to.scale[m] = round_row(job.x + m * job.x_stride, k, k_padded, natural);
+    to.scale[m] = round_row(job.x + m * job.x_stride, k, k_padded, job.x_scale, natural);
     for (std::int64_t g = 0; g < job.w.groups; ++g)
       to.sums[m * to.sums_stride + g] = static_cast<float>(sum_codes(natural, g * group, (g + 1) * group < k ? (g + 1) * group : k));
     if (to.second != nullptr) {

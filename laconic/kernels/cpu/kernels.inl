@@ -43,6 +43,7 @@ static const Table kTable{
     .panel = kPanel,
     .tile = kTile,
     .round_inputs = round_inputs,
+    .sum_inputs = sum_inputs,
     .linear_int8 = linear_int8,
     .rows_sizes = rows_sizes,
     .lay_rows = lay_rows,

@@ -1,6 +1,8 @@
 // Linear layers: which path a matrix takes, its scratch memory, and how its rows are split over threads.
 #include "linear.hpp"
 
+#include <cstring>
+
 #include "table.hpp"
 #include "threads.hpp"
 
@@ -21,21 +23,7 @@ Sizes sizes(const Linear& job, Isa isa) {
   return {(splits_lanes(w) ? 2 : 1) * job.m * chunks * chunk, job.m * padded, chunks * lanes, 5 * padded + 2 * lanes};  // four rows of scales, one of zeros
 }
 
-struct Int8Sizes {
-  std::int64_t codes, scale, sums, thread;  // in bytes
-};
-
 std::int64_t whole_lines(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-Int8Sizes int8_sizes(const Linear& job, Isa isa) {
-  const Table& kernels = table(isa);
-  const Matrix& w = job.w;
-  const std::int64_t k = whole_lines(w.k), panel = (k + 4 * (2 * w.groups + kInputRows)) * kernels.panel;
-  const std::int64_t rows = k * kernels.lanes, scales = 8 * (w.groups + kernels.lanes);  // these two share their place
-  const std::int64_t tiles = (job.m + kernels.tile - 1) / kernels.tile;
-  return {whole_lines(tiles * kernels.tile * k), whole_lines(4 * job.m), whole_lines(4 * job.m * w.groups),
-          whole_lines(panel + (rows > scales ? rows : scales))};
-}
 
 }  // namespace
 
@@ -105,9 +93,6 @@ void linear_float(const Linear& job, float* scratch, int threads, Isa isa) {
 
 namespace {
 
-/// Rows of x, rounded, that meet codes as they come: a panel would be unpacked for too few.
-bool by_rows(const Linear& job) { return job.m <= kFew; }
-
 struct RowsMemory {
   RowsSizes size;
   std::int64_t second, scale, sums, index, natural, own, thread, end;  // offsets in bytes but `thread`, a size
@@ -141,36 +126,85 @@ void linear_int8_by_rows(const Linear& job, std::uint8_t* scratch, int threads, 
 
 }  // namespace
 
-std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa) {
-  if (by_rows(job)) return RowsMemory(table(isa).rows_sizes(job), threads).end + 64;
-  const Int8Sizes s = int8_sizes(job, isa);
-  return s.codes + s.scale + s.sums + threads * s.thread + 64;
+bool has_few_rows(const Linear& job) { return job.m <= kFew; }
+
+Rounded rounded_at(const Linear& job, std::uint8_t* memory, Isa isa) {
+  const int tile = table(isa).tile;
+  const std::int64_t k = whole_lines(job.w.k), codes = whole_lines((job.m + tile - 1) / tile * tile * k);
+  return {
+      .codes = reinterpret_cast<std::int8_t*>(memory),
+      .scale = reinterpret_cast<float*>(memory + codes),
+      .sums = reinterpret_cast<std::int32_t*>(memory + codes + whole_lines(4 * job.m)),
+      .k_padded = k,
+  };
 }
 
-void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa) {
-  if (job.m == 0 || job.w.rows == 0) return;
-  scratch += -reinterpret_cast<std::uintptr_t>(scratch) & 63u;
-  if (by_rows(job)) return linear_int8_by_rows(job, scratch, threads, isa);
+std::int64_t rounded_bytes(const Linear& job, Isa isa) {
+  const int tile = table(isa).tile;
+  return whole_lines((job.m + tile - 1) / tile * tile * whole_lines(job.w.k)) + whole_lines(4 * job.m) +
+         whole_lines(4 * job.m * job.w.groups);
+}
+
+std::int64_t rounding_bytes(const Linear& job) { return whole_lines(job.w.k); }
+
+void round_inputs(const Linear& job, const Rounded& to, std::uint8_t* scratch, int threads, Isa isa) {
   const Table& kernels = table(isa);
-  const Int8Sizes s = int8_sizes(job, isa);
-  const Rounded in{
-      .codes = reinterpret_cast<std::int8_t*>(scratch),
-      .scale = reinterpret_cast<float*>(scratch + s.codes),
-      .sums = reinterpret_cast<std::int32_t*>(scratch + s.codes + s.scale),
-      .k_padded = whole_lines(job.w.k),
-  };
-  std::uint8_t* own = scratch + s.codes + s.scale + s.sums;
   parallel(threads, job.m, kernels.tile, [&](std::int64_t begin, std::int64_t end, int thread) {
-    kernels.round_inputs(job, in, begin, end, reinterpret_cast<std::int8_t*>(own + thread * s.thread));
+    kernels.round_inputs(job, to, begin, end, reinterpret_cast<std::int8_t*>(scratch + thread * rounding_bytes(job)));
   });
+}
+
+void sum_inputs(const Linear& job, const Rounded& of, int threads, Isa isa) {
+  const Table& kernels = table(isa);
+  parallel(threads, job.m, kernels.tile, [&](std::int64_t begin, std::int64_t end, int) { kernels.sum_inputs(job, of, begin, end); });
+}
+
+void clear_beyond(const Linear& job, const Rounded& of, Isa isa) {
+  const std::int64_t tile = table(isa).tile, from = job.w.k / 4 * 4, bytes = (of.k_padded - from) * tile;
+  for (std::int64_t m = 0; bytes > 0 && m < job.m; m += tile) std::memset(of.codes + m * of.k_padded + from * tile, 0, static_cast<std::size_t>(bytes));
+}
+
+namespace {
+
+/// Memory of one thread, in bytes: a panel of codes, its scales, and rows of codes or scales, which share their place.
+std::int64_t panel_bytes(const Linear& job, Isa isa) {
+  const Table& kernels = table(isa);
+  const Matrix& w = job.w;
+  const std::int64_t k = whole_lines(w.k), panel = (k + 4 * (2 * w.groups + kInputRows)) * kernels.panel;
+  const std::int64_t rows = k * kernels.lanes, scales = 8 * (w.groups + kernels.lanes);
+  return whole_lines(panel + (rows > scales ? rows : scales));
+}
+
+}  // namespace
+
+std::int64_t products_bytes(const Linear& job, int threads, Isa isa) { return threads * panel_bytes(job, isa); }
+
+void multiply_rounded(const Linear& job, const Rounded& in, std::uint8_t* scratch, int threads, Isa isa) {
+  const Table& kernels = table(isa);
+  const std::int64_t own = panel_bytes(job, isa);
   const std::int64_t panels = (job.w.rows + kernels.panel - 1) / kernels.panel;
   const std::int64_t blocks = (job.m + kInputRows - 1) / kInputRows;
   parallel(threads, panels * blocks, 1, [&](std::int64_t begin, std::int64_t end, int thread) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t block = task / panels * kInputRows, stop = block + kInputRows < job.m ? block + kInputRows : job.m;
-      kernels.linear_int8(job, in, task % panels, block, stop, own + thread * s.thread, isa);
+      kernels.linear_int8(job, in, task % panels, block, stop, scratch + thread * own, isa);
     }
   });
+}
+
+std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa) {
+  if (has_few_rows(job)) return RowsMemory(table(isa).rows_sizes(job), threads).end + 64;
+  return rounded_bytes(job, isa) + products_bytes(job, threads, isa) + 64;
+}
+
+void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa) {
+  if (job.m == 0 || job.w.rows == 0) return;
+  scratch += -reinterpret_cast<std::uintptr_t>(scratch) & 63u;
+  if (has_few_rows(job)) return linear_int8_by_rows(job, scratch, threads, isa);
+  const Rounded in = rounded_at(job, scratch, isa);
+  std::uint8_t* own = scratch + rounded_bytes(job, isa);
+  round_inputs(job, in, own, threads, isa);  // a panel is larger than a row of codes
+  multiply_rounded(job, in, own, threads, isa);
 }
 
 }  // namespace laconic

@@ -36,12 +36,24 @@ struct Epilogue {
   Act act;
 };
 
+/// Inputs rounded to 8 bits: x ~ scale * codes.
+struct Rounded {
+  std::int8_t* codes;   // (m, k_padded) in tiles, zero beyond k; see integer.inl
+  float* scale;         // (m)
+  std::int32_t* sums;   // (m, groups): of codes over each group of the weights
+  std::int64_t k_padded;
+};
+
 struct Linear {
   Matrix w;
   const float* x;  // (m, k), rows x_stride apart
   float* out;      // (m, rows), rows out_stride apart; the residual lies likewise
   std::int64_t m, x_stride, out_stride;
   Epilogue then;
+  float x_scale = 0.0f;  // of inputs rounded to 8 bits: one that is known before, or 0 where each row has its own
+  // Where results are the inputs of a layer whose scale is known before: they are stored rounded by it, and not in `out`.
+  const Rounded* next = nullptr;
+  float next_scale = 0.0f;
 };
 
 /// Codes of one row lie in `lanes` of 32 bits (24 for 3-bit codes) that hold whole codes; 0 for widths where none do.
@@ -110,7 +122,30 @@ constexpr bool takes_int8(const Matrix& w) {
 /// Memory, in bytes, that one call of `linear_int8` needs beside its operands.
 std::int64_t linear_int8_scratch(const Linear& job, int threads, Isa isa);
 
-/// Each row of x is rounded to 8 bits first (symmetric, one scale a row), and products are exact from there.
+/// x is rounded to 8 bits first (symmetric, one scale a row or `x_scale`), and products are exact from there.
 void linear_int8(const Linear& job, std::uint8_t* scratch, int threads, Isa isa);
+
+// The same in its steps, so that layers that read the same x round it once, and a layer may round for the next one.
+
+/// Whether x has few rows: they meet codes as they come, and `linear_int8` goes another way than the steps below.
+bool has_few_rows(const Linear& job);
+
+/// Memory, in bytes, of the rounded inputs, and where they lie in it.
+std::int64_t rounded_bytes(const Linear& job, Isa isa);
+Rounded rounded_at(const Linear& job, std::uint8_t* memory, Isa isa);
+
+/// Rounds rows of x. `scratch`: `rounding_bytes` for each thread.
+std::int64_t rounding_bytes(const Linear& job);
+void round_inputs(const Linear& job, const Rounded& to, std::uint8_t* scratch, int threads, Isa isa);
+
+/// Sums (and scales, where one is known) of codes that another layer has stored, or that were summed over other groups.
+void sum_inputs(const Linear& job, const Rounded& of, int threads, Isa isa);
+
+/// Zeros beyond the last column, where the layer that stores codes does not come.
+void clear_beyond(const Linear& job, const Rounded& of, Isa isa);
+
+/// The products. `scratch`: `products_bytes`.
+std::int64_t products_bytes(const Linear& job, int threads, Isa isa);
+void multiply_rounded(const Linear& job, const Rounded& in, std::uint8_t* scratch, int threads, Isa isa);
 
 }  // namespace laconic

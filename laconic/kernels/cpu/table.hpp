@@ -23,14 +23,6 @@ struct Planes {
   std::int64_t chunks, x_stride, sums_stride;
 };
 
-/// Inputs rounded to 8 bits, a scale a row: x ~ scale * codes.
-struct Rounded {
-  std::int8_t* codes;   // (m, k_padded) in tiles, zero beyond k; see integer.inl
-  float* scale;         // (m)
-  std::int32_t* sums;   // (m, groups): of codes over each group of the weights
-  std::int64_t k_padded;
-};
-
 /// Rows of x, whole tiles of them, that one panel of W meets before the next: their codes stay in the cache.
 constexpr std::int64_t kInputRows = 192;
 
@@ -71,6 +63,7 @@ struct Table {
   int panel;  // rows of W that linear_int8 takes at a time
   int tile;   // rows of x that stay together
   void (*round_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end, std::int8_t* scratch);
+  void (*sum_inputs)(const Linear&, const Rounded&, std::int64_t begin, std::int64_t end);
   void (*linear_int8)(const Linear&, const Rounded&, std::int64_t panel, std::int64_t m_begin, std::int64_t m_end,
                       std::uint8_t* scratch, Isa isa);
   RowsSizes (*rows_sizes)(const Linear&);

@@ -45,7 +45,7 @@ def _linear(
     residual: Tensor | None = None, *, scheme: str, act: str = "none", inputs: str = "",
 ) -> Tensor:  # fmt: skip
     if inputs:
-        from laconic.kernels.ops import round_inputs
+        from laconic.kernels.inputs import round_inputs
 
         x = round_inputs(x, inputs)
     if act in ACTIVATIONS and x.ndim and _covered(codes, scale, zero, scheme, x.shape[-1]):

@@ -112,13 +112,12 @@ def pareto(record: Mapping) -> Markup | None:
                 )
             )
             items.append(tag("text", text.amount(tick), x=left - 7, y=y(tick) + 4, class_="t-small t-end"))
-        for tick in ticks(x.low, x.high, 4 if narrow else 10):
+        places = ticks(x.low, x.high, 4 if narrow else 10)
+        for tick, label in zip(places, text.size_ticks(places), strict=True):
             items.append(
                 tag("line", x1=x(tick), x2=x(tick), y1=height - foot, y2=height - foot + 4, class_="l-axis")
             )
-            items.append(
-                tag("text", text.tick(tick), x=x(tick), y=height - foot + 18, class_="t-small t-mid")
-            )
+            items.append(tag("text", label, x=x(tick), y=height - foot + 18, class_="t-small t-mid"))
         items.append(
             tag("line", x1=left, x2=width - right, y1=height - foot, y2=height - foot, class_="l-axis")
         )

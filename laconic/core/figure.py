@@ -46,7 +46,7 @@ def bars(
         )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {BARS} {height}" role="img" aria-label="{escape(label)}">'
     page = f'<rect class="page" width="{BARS}" height="{height}"/><text x="20" y="20">{escape(title)}</text>'
-    return f'{head}<style>{STYLE}</style>{page}{"".join(drawn)}</svg>'
+    return f"{head}<style>{STYLE}</style>{page}{''.join(drawn)}</svg>"
 
 
 def chart(
@@ -143,6 +143,3 @@ def _page(width: float, height: float, label: str, parts: Sequence[str]) -> str:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-CARD = None  # drawing, for the probes

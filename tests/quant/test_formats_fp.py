@@ -1,0 +1,114 @@
+"""`formats_fp`: the recorded values of microxcaling, compressed-tensors and gguf, names, orders of exactness."""
+
+from __future__ import annotations
+
+from types import NotImplementedType
+
+import pytest
+import torch
+from torch import Tensor
+
+from laconic.errors import BadInput
+from laconic.numerics import Blocks, BlockScheme, Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.quant import FP8, MXFP, MXINT8, NVFP4, quantize_blocks
+from laconic.testing.vectors import Case
+
+ROUNDINGS = {"nearest": "away", "even": "even", "floor": "zero"}
+RULES = {"floor(log2 max|x|) - element_emax, at least -127": "floor"}
+
+
+def run_vector(case: Case) -> dict[str, Tensor] | NotImplementedType:
+    """A matrix in a format and back."""
+    if case.file.name == "formats":
+        return _gguf(case) if case.args.get("format") == "MXFP4" else NotImplemented
+    return _mx(case) if case.file.name == "mx" else _compressed(case)
+
+
+def _mx(case: Case) -> dict[str, Tensor]:
+    args, x = case.args, case.array("input")
+    element = args["format"].rpartition("_")[2]
+    rule = RULES[args["scale_exponent"]]
+    scheme = BlockScheme(element, args["block_size"], "e8m0", rule, ROUNDINGS[args["rounding"]])
+    assert (scheme.numbers.emax, scheme.numbers.largest) == (args["element_emax"], args["element_max"])
+    assert args["saturate"]
+    options = {"subnormals": args["subnormals"], "flush": args["flush_fp32_subnormals"]}
+    moved = x.movedim(args["axis"], -1)
+    flat = moved.reshape(-1, moved.shape[-1])
+    done = quantize_blocks(flat, scheme, scale_bits=args["scale_bits"], **options)
+    if args["scale_bits"] == 8:
+        done = Blocks.of_tensors(done.tensors(), scheme, flat.shape[1])  # also through the bytes
+    return {"output": done.dequantize().view(moved.shape).movedim(-1, args["axis"])}
+
+
+def _compressed(case: Case) -> dict[str, Tensor]:
+    args, weight = case.args, case.array("weight")
+    assert args["axis"] == -1 and args["observer"] == "minmax"
+    if args["format"] == "int":
+        return _integers(case, weight)
+    if args["format"] == "nvfp4":
+        assert (args["scale_max"], args["zero_scale_becomes"]) == (448.0, 0.125)
+        scheme = NVFP4(block=args["group_size"])
+    else:
+        scheme = MXFP(4, args["element"], rule=args["scale_rule"], block=args["group_size"])
+    done = quantize_blocks(weight, scheme)
+    found = {"scale": done.scale, "quantised": done.values(), "dequantised": done.dequantize()}
+    return (
+        found
+        if done.global_scale is None
+        else found | {"global_scale": done.global_scale.view(case.expected("global_scale").shape)}
+    )
+
+
+def _integers(case: Case, weight: Tensor) -> dict[str, Tensor]:
+    args = case.args
+    scheme = Scheme(Int(args["bits"]), Scale("group", group=args["group_size"]), "none" if args["symmetric"] else "int")
+    scale, zero = affine_params(weight, scheme)
+    codes = quantize(weight, scale, zero, scheme)
+    found = {
+        "scale": scale,
+        "quantised": codes.int() + args["qmin"],
+        "dequantised": dequantize(codes, scale, zero, scheme),
+    }
+    return found if zero is None else found | {"zero_point": zero.int() + args["qmin"]}
+
+
+def _gguf(case: Case) -> dict[str, Tensor]:
+    """17 bytes to 32 numbers: the scale's byte, then byte j with the codes of elements j and j + 16."""
+    x = case.array("input")
+    done = quantize_blocks(x, MXFP(4, block=case.args["block"]))
+    codes = torch.where(done.codes == 8, 0, done.codes).view(len(x), -1, 2, 16)  # it knows no negative 0
+    halves = codes[:, :, 0] | codes[:, :, 1] << 4
+    packed = torch.cat([done.tensors()["scale"][..., None], halves], -1).flatten(1)
+    return {"packed": packed, "output": done.dequantize()}
+
+
+def test_names() -> None:
+    assert (
+        str(FP8()) == "b1/e4m3/row/float32/amax/even"
+        and str(FP8("e5m2", "tensor")) == "b1/e5m2/tensor/float32/amax/even"
+    )
+    assert str(FP8(block=128)) == "b1/e4m3/block128/float32/amax/even" and FP8(granularity="token") == FP8()
+    assert [MXFP(b).element for b in (4, 6, 8)] == ["e2m1", "e3m2", "e4m3"] and MXFP(6, "e2m3").element == "e2m3"
+    assert MXINT8().bits_per_weight(8, 64) == 8.25 and MXFP(4).bits_per_weight(8, 64) == 4.25
+
+
+def test_signal_to_noise_on_normal_numbers() -> None:
+    x = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+
+    def decibels(y: Tensor) -> float:
+        return float(10 * torch.log10(x.square().sum() / (x - y).square().sum()))
+
+    found = {
+        s.element + str(s.block): decibels(quantize_blocks(x, s).dequantize()) for s in (MXFP(4), NVFP4(), MXFP(8))
+    }
+    assert found["e2m132"] == pytest.approx(18.78, abs=0.1) and found["e2m116"] == pytest.approx(20.44, abs=0.1)
+    assert found["e4m332"] > 30
+
+
+def test_refusals() -> None:
+    for make, match in (
+        (lambda: FP8("e3m4"), "e4m3, e5m2"), (lambda: FP8(granularity="row"), "channel, token, tensor"),
+        (lambda: MXFP(5), "4, 6 or 8 bits"), (lambda: MXFP(4, "e4m3"), "one of e2m1"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=match):
+            make()
