@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import BadInput
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import packed_specs
 from laconic.nn.packed import Packed
 
@@ -157,6 +158,7 @@ class Checkpoint:
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
+_INPUTS = "inputs that are rounded to 8 bits here stay float in this form"
 _Write = Callable[[QuantizedMatrix, torch.dtype], dict[str, Tensor] | str]
 _Config = Callable[[Mapping[str, QuantizedMatrix], list[str]], dict[str, Any]]
 
@@ -215,6 +217,9 @@ def checkpoint_of(model: nn.Module, to: str) -> tuple[dict[str, Tensor], dict[st
             tensors |= {f"{path}.{ending}": value for ending, value in found.items()}
             layers[path] = matrix
             written.rows.append({"name": name, "type": to, "exact": True})
+            kept = matrix.inputs == INT8_TOKENS and to in ("compressed-tensors", "int-quantized")
+            if matrix.inputs and not kept and _INPUTS not in written.notes:
+                written.notes.append(_INPUTS)
             continue
         written.notes.append(f"{name} is written as floats: {why or found}")
         tensors[name] = getattr(module, attribute).detach().to(module._packed_dtype).contiguous()  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.numerics import Int, pack, unpack, words_per_row
 
 from .checkpoint_form import Form, Read, Spec, integer_scheme
@@ -243,7 +243,7 @@ def compressed_tensors_config(layers: Mapping[str, QuantizedMatrix], floats: lis
                 "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy,
                 "group_size": length or None, "dynamic": False, "actorder": "group" if sorted_ else None,
             },
-            "input_activations": dict(_TOKENS) if inputs else None, "output_activations": None,
+            "input_activations": dict(_TOKENS) if inputs == INT8_TOKENS else None, "output_activations": None,
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": version, "quantization_status": "compressed",

@@ -20,7 +20,7 @@ from laconic.interop.checkpoints import METHODS, checkpoint_format
 from laconic.interop.compressed_tensors import compressed_tensors_tensors
 from laconic.interop.gptq import gptq_tensors, packed_inputs
 from laconic.interop.matrix import QuantizedMatrix
-from laconic.kernels.ops import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import declare, is_packed, packed_specs
 from laconic.numerics import Int, Scale, Scheme, affine_params, quantize
 from laconic.pipeline.export import export
@@ -66,6 +66,22 @@ def test_compressed_tensors_packs_like_the_reference(bits):
     assert torch.equal(found["weight_packed"], arrays["packed"])
     grouped = QuantizedMatrix(Scheme(Int(bits), Scale("group", 1), "int"), codes, ones.expand(codes.shape), codes)
     assert torch.equal(compressed_tensors_tensors(grouped)["weight_zero_point"], arrays["packed_dim0"])
+
+
+@pytest.mark.vectors
+@pytest.mark.parametrize(("name", "zero"), [("int4_g32_sym", "none"), ("int4_g32_asym", "int")])
+def test_compressed_tensors_rounds_as_we_do(name, zero):
+    said = json.loads((WHERE / "nvfp4.json").read_text())
+    case, arrays = next(c for c in said["cases"] if c["name"] == name), np.load(WHERE / "nvfp4.npz")
+    given = {role: torch.from_numpy(arrays[key]) for role, key in case["arrays"].items()}
+    scheme = Scheme(Int(case["args"]["bits"]), Scale("group", case["args"]["group_size"]), zero)
+    scale, zero_point = affine_params(given["weight"], scheme)
+    matrix = QuantizedMatrix(scheme, quantize(given["weight"], scale, zero_point, scheme), scale, zero_point)
+    found = compressed_tensors_tensors(matrix, "int-quantized")
+    assert torch.equal(found["weight"].float(), given["quantised"].float().reshape(found["weight"].shape))
+    assert torch.allclose(found["weight_scale"], given["scale"].reshape(scale.shape), rtol=1e-6, atol=1e-7)
+    if zero == "int":
+        assert torch.equal(found["weight_zero_point"].float(), given["zero_point"].float().reshape(scale.shape))
 
 
 @pytest.mark.vectors
