@@ -175,11 +175,9 @@ from ._smoothquant import smooth_scales as smooth_scales
 from ._static_inputs import InputRange as InputRange
 from ._zeroq import MinMaxInput as MinMaxInput
 from ._zeroq import Mixed as Mixed
-from ._zeroq import Mixture as Mixture
 from ._zeroq import bn_matched_data as bn_matched_data
 from ._zeroq import minmax_quantize as minmax_quantize
 from ._zeroq import minmax_weight as minmax_weight
 from ._zeroq import mixed_bits as mixed_bits
-from ._zeroq import pareto_front as pareto_front
 from ._zeroq import sensitivity as sensitivity
 from ._zeroq import zeroq as zeroq

@@ -31,22 +31,23 @@ Example:
     >>> import torch
     >>> minmax_quantize(torch.tensor([0.0, 0.4, 1.0]), 2, 0.0, 1.0)
     tensor([0.0000, 0.3333, 1.0000])
-    >>> [(point.size, point.choice) for point in pareto_front([[9.0, 1.0], [5.0, 0.0]], [[1, 2], [1, 3]])]
-    [(2, (0, 0)), (3, (1, 0)), (5, (1, 1))]
+    >>> table = {"first": {2: 9.0, 4: 1.0}, "last": {2: 5.0, 4: 0.0}}
+    >>> mixed_bits(table, {"first": 10, "last": 20}, budget=80).bits
+    {'first': 4, 'last': 2}
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laconic.core.allocate import Point, pareto
 from laconic.core.calls import call, first_output
 from laconic.core.card import Card
 from laconic.core.statistics import widened
@@ -216,47 +217,6 @@ def _log_probabilities(model: nn.Module, batch: Any) -> Tensor:
 # --- mixtures ---------------------------------------------------------------------------------------
 
 
-class Mixture(NamedTuple):
-    """A size, the sum of costs, and the option of each unit."""
-
-    size: float
-    cost: float
-    choice: tuple[int, ...]
-
-
-def pareto_front(cost: Sequence[Sequence[float]], size: Sequence[Sequence[float]]) -> list[Mixture]:
-    """All mixtures that no other beats in size and cost, from the smallest to the cheapest.
-
-    Exact, unit by unit: after each, the least cost for every size is kept. Its length is bounded by the number of different
-    sizes, so sizes should be whole numbers (of bits, or of bytes).
-
-    Args:
-        cost: for each unit, the cost of each option.
-        size: likewise.
-
-    Raises:
-        ValueError: tables that do not fit together, or nan.
-    """
-    if len(cost) != len(size) or any(len(c) != len(s) or not len(c) for c, s in zip(cost, size, strict=True)):
-        raise ValueError("pareto_front: cost and size need the same units with the same options, at least one each")
-    if any(math.isnan(v) for table in (cost, size) for row in table for v in row):
-        raise ValueError("pareto_front: a cost or a size is nan")
-    front = [Mixture(0, 0.0, ())]
-    for costs, sizes in zip(cost, size, strict=True):
-        grown = [
-            Mixture(m.size + s, m.cost + c, (*m.choice, i))
-            for m in front
-            for i, (c, s) in enumerate(zip(costs, sizes, strict=True))
-        ]
-        grown.sort(key=lambda m: (m.size, m.cost, m.choice))
-        front, least = [], math.inf
-        for mixture in grown:
-            if mixture.cost < least:
-                front.append(mixture)
-                least = mixture.cost
-    return front
-
-
 @dataclass(frozen=True)
 class Mixed:
     """Bits of every layer, what these add up to in bits and in nats, and the whole frontier."""
@@ -264,7 +224,7 @@ class Mixed:
     bits: dict[str, int]
     size: float
     cost: float
-    front: list[Mixture]
+    front: list[Point]
 
 
 def mixed_bits(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], budget: float) -> Mixed:
@@ -280,13 +240,13 @@ def mixed_bits(table: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int
     """
     layers = list(table)
     widths = {path: sorted(table[path]) for path in layers}
-    front = pareto_front(
+    front = pareto(
         [[table[path][k] for k in widths[path]] for path in layers],
         [[sizes[path] * k for k in widths[path]] for path in layers],
     )
     within = [point for point in front if point.size <= budget]
     if not within:
-        raise Impossible(f"the weights take at least {front[0].size:,} bits, more than the budget of {budget:,.0f}")
+        raise Impossible(f"the weights take at least {front[0].size:,.0f} bits, more than the budget of {budget:,.0f}")
     best = within[-1]
     chosen = {path: widths[path][i] for path, i in zip(layers, best.choice, strict=True)}
     return Mixed(chosen, best.size, best.cost, front)

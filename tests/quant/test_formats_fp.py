@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import BadInput
+from laconic.interop.ggml_blocks import BLOCKS, decode, encode
 from laconic.numerics import Blocks, BlockScheme, Int, Scale, Scheme, affine_params, dequantize, quantize
 from laconic.quant import FP8, MXFP, MXINT8, NVFP4, quantize_blocks
 from laconic.testing.vectors import Case
@@ -20,7 +21,9 @@ RULES = {"floor(log2 max|x|) - element_emax, at least -127": "floor"}
 def run_vector(case: Case) -> dict[str, Tensor] | NotImplementedType:
     """A matrix in a format and back."""
     if case.file.name == "formats":
-        return _gguf(case) if case.args.get("format") == "MXFP4" else NotImplemented
+        if case.args.get("format") == "MXFP4":
+            return _gguf(case)
+        return _ggml(case) if case.args.get("format") in BLOCKS else NotImplemented
     return _mx(case) if case.file.name == "mx" else _compressed(case)
 
 
@@ -80,6 +83,13 @@ def _gguf(case: Case) -> dict[str, Tensor]:
     halves = codes[:, :, 0] | codes[:, :, 1] << 4
     packed = torch.cat([done.tensors()["scale"][..., None], halves], -1).flatten(1)
     return {"packed": packed, "output": done.dequantize()}
+
+
+def _ggml(case: Case) -> dict[str, Tensor]:
+    """The other blocks of llama.cpp are integers, and written and read by `laconic.interop`."""
+    raw = encode(case.array("input").float().numpy(), case.args["format"])
+    packed = torch.from_numpy(raw).view(case.expected("packed").shape)
+    return {"packed": packed, "output": torch.from_numpy(decode(raw, case.args["format"]))}
 
 
 def test_names() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from laconic.core.synthesis import Pixels, statistics_loss, watched
 from laconic.errors import BadInput, Impossible
 from laconic.numerics import NotFinite
-from laconic.quant import bn_matched_data, minmax_quantize, minmax_weight, mixed_bits, pareto_front, sensitivity, zeroq
+from laconic.quant import bn_matched_data, minmax_quantize, minmax_weight, mixed_bits, sensitivity, zeroq
 from laconic.testing.vectors import Case
 
 
@@ -108,25 +106,6 @@ def test_each_layer_is_rounded_alone() -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_the_frontier_is_that_of_all_mixtures() -> None:
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
-        cost = torch.rand(4, 3, generator=generator).tolist()
-        size = torch.randint(1, 9, (4, 3), generator=generator).tolist()
-        all_of = [
-            (sum(size[u][o] for u, o in enumerate(c)), sum(cost[u][o] for u, o in enumerate(c)))
-            for c in itertools.product(range(3), repeat=4)
-        ]
-        best = sorted(
-            {p for p in all_of if not any(q[0] <= p[0] and q[1] < p[1] or q[0] < p[0] and q[1] <= p[1] for q in all_of)}
-        )
-        found = pareto_front(cost, size)
-        assert [p.size for p in found] == [s for s, _ in best]
-        assert [p.cost for p in found] == pytest.approx([c for _, c in best])
-        for point in found:
-            assert sum(cost[u][o] for u, o in enumerate(point.choice)) == pytest.approx(point.cost)
-
-
 def test_bits_within_a_budget() -> None:
     model, x = network(3)
     table = sensitivity(model, [x], bits=(2, 4, 8))
@@ -171,10 +150,6 @@ def test_refusals() -> None:
         sensitivity(model, [])
     with pytest.raises(BadInput, match="no data"):
         zeroq(model, [])
-    with pytest.raises(ValueError, match="same options"):
-        pareto_front([[1.0]], [[1, 2]])
-    with pytest.raises(ValueError, match="nan"):
-        pareto_front([[float("nan")]], [[1]])
     model[2].weight.data[0] = torch.nan
     with pytest.raises(BadInput, match="not finite"):
         sensitivity(model, [x])
