@@ -35,7 +35,7 @@ SHARED: dict[str, Given] = {
     "model": (str | None, typer.Argument(help="a folder, a fetched name, or module:function"), None),
     "data": (
         str | None,
-        typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, or module:function"),
+        typer.Option(help="a text, JSONL, CSV, Parquet or NPZ file, an image folder, a task, module:function, or self"),
         None,
     ),
     "task": (str | None, typer.Option(help="a task by name; alone it brings its own model"), None),

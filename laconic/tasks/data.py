@@ -24,6 +24,7 @@ from .function import FunctionTask, find_function, is_function_name
 from .inputs import array_inputs, image_inputs, text_inputs
 from .labels import AccuracyTask
 from .language import PerplexityTask
+from .own import SELF, own_task
 from .readers import FORMATS, Data, read_data
 from .view import ModelView
 
@@ -53,7 +54,7 @@ def load_task(
 
     Args:
         data: the name of a task, a file or an image folder, `module:function` or a function that scores a
-            model, or a task.
+            model, or a task; "self": the model makes its own examples (see `laconic.tasks.own`).
         source: the model (`laconic.pipeline.source.Source`); the user's files need one to become inputs.
         columns: role -> column of a table (text, label, image), or input name -> array of an NPZ file.
         seed: of the splits.
@@ -73,6 +74,9 @@ def load_task(
     if callable(data):
         return FunctionTask(getattr(data, "__name__", "the function"), data, seed=seed, batch=batch or 32)
     text, path = os.fspath(data), Path(data).expanduser()
+    if text == SELF:
+        _no_columns(columns, text)
+        return own_task(source, seed, batch, seq)
     if text in TASKS:
         _no_columns(columns, text)
         return TASKS[text].load(seed=seed, batch=batch, seq=seq, cache=cache)
@@ -85,7 +89,7 @@ def load_task(
         return FunctionTask(text, find_function(text), seed=seed, batch=batch or 32)
     raise BadInput(
         f"{text} is no data: there is no such file, and it is not one of the tasks {', '.join(TASKS)}; "
-        f"data is {FORMATS}, a task's name, or module:function"
+        f"data is {FORMATS}, a task's name, module:function, or self: examples that the model makes"
     )
 
 
