@@ -47,6 +47,7 @@ OPTIONAL = {
     "h5py": ("h5py", "reading the weights of the task cifar-cnn"),
     "PIL": ("pillow", "image data: folders of pictures, image processors"),
     "pyarrow": ("pyarrow", "data in Parquet files"),
+    "onnx": ("onnx", "laconic export --to onnx"),
     "onnxscript": ("onnxscript", "laconic export --to onnx"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }

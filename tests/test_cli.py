@@ -17,7 +17,8 @@ from laconic.report.jsonline import KEYS
 from tests.pipeline.runs import ROOT, environ, run_cli, save, token_file
 
 COMMANDS = (
-    "compress", "plan", "inspect", "calibrate-confidence", "compare", "normalize", "run", "export", "fetch", "doctor",
+    "compress", "plan", "examine", "inspect", "calibrate-confidence", "blame", "repair", "compare", "normalize", "run",
+    "export", "fetch", "doctor",
 )  # fmt: skip
 CATALOG = ("methods", "show", "find", "new", "reproduce", "bench")
 
