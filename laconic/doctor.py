@@ -444,7 +444,7 @@ def _print_optional(console: Console, report: dict[str, Any]) -> None:
         table.add_row(extra["package"], mark, extra["for"])
     console.print(table)
     if not all(extra["present"] for extra in report["optional"]):
-        console.print("The missing ones come with: pip install 'laconic[tasks]'", markup=False)
+        console.print("The missing ones come with: pip install 'laconic[tasks,interop]'", markup=False)
 
 
 def _print_checks(console: Console, checks: Sequence[Check]) -> None:
