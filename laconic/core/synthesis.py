@@ -88,6 +88,8 @@ def statistics_loss(
 def watched(model: nn.Module, **options: Any) -> Iterator[list[Tensor]]:
     """The losses of all batch norms of a model, added to the list in every forward; clear it between them.
 
+    Where statistics are of each image, batch norms behind the last pooling have none and are left out.
+
     Args:
         model: in evaluation mode.
         options: of `statistics_loss`.
@@ -103,7 +105,11 @@ def watched(model: nn.Module, **options: Any) -> Iterator[list[Tensor]]:
         )
     found: list[Tensor] = []
 
+    of_images = options.get("per", "image") == "image"
+
     def look(norm: Any, args: tuple) -> None:
+        if of_images and args[0][0, 0].numel() < 2:
+            return
         found.append(statistics_loss(args[0], norm.running_mean, norm.running_var, **options))
 
     handles = [norm.register_forward_pre_hook(look) for norm in norms]
@@ -296,6 +302,8 @@ def matched_inputs(
                 x = made()
                 with _maybe(swing, model):
                     model(x)
+                if not found:
+                    raise BadInput(f"no batch norm of {type(model).__name__} has places to take an image's statistics over")
                 loss = torch.stack(found).sum()
                 if include_input:
                     loss = loss + statistics_loss(

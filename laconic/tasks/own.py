@@ -26,9 +26,9 @@ __all__ = ["SELF", "own_task"]
 
 SELF = "self"  # the name that data have
 TEXTS = {"calibrate": 32, "select": 12, "verify": 16}
-PICTURES = {"calibrate": 32, "select": 16, "verify": 32}
+PICTURES = {"calibrate": 24, "select": 12, "verify": 24}
 LENGTH = 64  # tokens of a text, where the user does not say
-STEPS = 200  # of training pictures
+STEPS = 100  # of training pictures
 NOTE = (
     "the model made its own examples: a drop on them says how far its outputs moved, not how well it does on real data"
 )

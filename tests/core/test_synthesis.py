@@ -100,3 +100,18 @@ def test_text_that_cannot_be_written() -> None:
     nn.init.constant_(broken[0].weight, torch.nan)
     with pytest.raises(BadInput, match="not finite after 1"):
         generated_text(broken, 1, 4)
+
+
+def test_batch_norms_behind_the_last_pooling_have_no_statistics_of_an_image() -> None:
+    torch.manual_seed(0)
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), *pooled).eval()
+    x = torch.randn(3, 1, 6, 6)
+    with watched(model) as found:
+        model(x)
+    assert len(found) == 1
+    with watched(model, per="batch") as found:
+        model(x)
+    assert len(found) == 2
+    with pytest.raises(BadInput, match="no batch norm of Sequential has places"):
+        matched_inputs(nn.Sequential(*pooled).eval(), lambda: Pixels((3, 4, 6, 6)), steps=1)
