@@ -176,12 +176,59 @@ void linear_case(Isa isa) {
       linear_float(job, scratch, many, use);
     }
   };
+  job.x_scale = coin() ? 0.02f : 0.0f;
   for (const bool int8 : {false, true}) {
     if (int8 && !takes_int8(job.w)) continue;
     const Memory<float> got(m * rows), want(m * rows);
     run(isa, int8, got), run(Isa::portable, int8, want);
     same_numbers("linear, " + kept + (int8 ? ", inputs of 8 bits" : ""), got, want, Dtype::float32, m * rows, 2e-5, detail);
   }
+}
+
+/// A layer that stores its results as the codes that the next one reads; sums over the next one's groups.
+void next_case(Isa isa) {
+  const Int k = 4 * size(60), rows = size(150), m = pick(9, 40);
+  const Int group = coin() ? rows : one_of<Int>({4, 20, 32, 64}), groups = (rows - 1) / group + 1, per_row = words_for(k, 8);
+  const auto codes = words(rows * per_row);
+  const auto scale = stored(rows, Dtype::float32, 0.001f, 0.01f);
+  const auto x = floats(m * k), bias = floats(rows);
+  Linear job{}, next{};
+  job.w = {.dense = nullptr, .words = codes, .scale = scale.at, .zero = nullptr, .levels = nullptr, .rows = rows, .k = k,
+           .words_per_row = per_row, .groups = 1, .group = k, .bits = 8, .middle = 128.0f, .base3 = false,
+           .scale_dtype = Dtype::float32, .zero_kind = Zero::none, .one_scale = false};
+  job.x = x, job.m = m, job.x_stride = k, job.out_stride = rows, job.next_scale = next.x_scale = 0.05f;
+  job.then = {.bias = bias, .residual = nullptr, .act = one_of({Act::none, Act::relu, Act::gelu})};
+  next.w.k = rows, next.w.groups = groups, next.w.group = group, next.m = m;
+  const int many = threads();
+  const auto run = [&](Isa use, float* numbers, float* sums) {
+    const Memory<std::uint8_t> mine(rounded_bytes(job, use) + 64), other(rounded_bytes(next, use) + 64);
+    const Memory<std::uint8_t> scratch(products_bytes(job, many, use));
+    const Rounded in = rounded_at(job, mine, use), to = rounded_at(next, other, use);
+    Linear storing = job;
+    storing.next = &to;
+    clear_beyond(next, to, use);
+    round_inputs(job, in, scratch, many, use);
+    multiply_rounded(storing, in, scratch, many, use);
+    sum_inputs(next, to, many, use);
+    const Int tile = table(use).tile;
+    for (Int i = 0; i < m; ++i) {
+      for (Int n = 0; n < rows; ++n)
+        numbers[i * rows + n] = to.codes[i / tile * tile * to.k_padded + i % tile * 4 + n / 4 * 4 * tile + n % 4];
+      for (Int g = 0; g < groups; ++g) {
+        float left = static_cast<float>(to.sums[i * groups + g]);
+        for (Int n = g * group; n < std::min(rows, (g + 1) * group); ++n) left -= numbers[i * rows + n];
+        sums[i * groups + g] = left;  // none where sums are those of the codes
+      }
+    }
+  };
+  const Memory<float> got(m * rows), want(m * rows), sums(m * groups), others(m * groups);
+  run(isa, got, sums), run(Isa::portable, want, others);
+  const std::string detail = sizes({m, k, rows, group});
+  double most = 0.0, apart = 0.0;
+  for (Int i = 0; i < m * rows; ++i) most = std::max(most, std::abs(static_cast<double>(got[i]) - want[i]));
+  for (Int i = 0; i < m * groups; ++i) apart = std::max(apart, std::abs(static_cast<double>(sums[i])) + std::abs(others[i]));
+  note("linear, results as the next layer's codes", most <= 1.0, most, detail);  // a last bit may turn a code
+  note("linear, sums of these codes", apart == 0.0, apart, detail);
 }
 
 void sparse_case(Isa isa) {
@@ -438,7 +485,7 @@ int main(int count, char** arguments) {
     const Isa isa = static_cast<Isa>(number);
     tallies.clear();
     for (int i = 0; i < cases; ++i)
-      for (const auto& one : {linear_case, sparse_case, norm_case, rows_case, cache_case, bits_case, conv_case}) one(isa);
+      for (const auto& one : {linear_case, next_case, sparse_case, norm_case, rows_case, cache_case, bits_case, conv_case}) one(isa);
     std::printf("%s against portable:\n", std::string(name(isa)).c_str());
     for (const auto& [what, tally] : tallies) {
       std::printf("  %-36s %5lld cases, %lld differ, at most %.2f of what is allowed\n", what.c_str(),
