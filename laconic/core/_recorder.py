@@ -24,8 +24,9 @@ from ._metrics_log import MetricsLog, open_logs
 from ._random import preserved, random_state
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights
 from .clock import Clock
+from .modes import modes_restored
 
-__all__ = ["Best", "Every", "Fitted", "Recorder", "modes_restored"]
+__all__ = ["Best", "Every", "Fitted", "Recorder"]
 
 Every = int | Literal["epoch"] | None
 logger = logging.getLogger("laconic.fit")
@@ -323,16 +324,6 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             now = loaded.get(key)
             if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
                 loaded[key] = value.to(now.device)
-
-
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

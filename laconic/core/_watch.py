@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._trace import CASTS, Names, Step, Trace
 from ._tracing import Example, calls_recorded, op_name, quiet, returned, tensors_in
+from .modes import evaluating
 
 __all__ = ["by_hooks", "by_hooks_for_real"]
 
@@ -26,14 +27,11 @@ def by_hooks(shadow: nn.Module, example: Example, mode: FakeTensorMode, names: N
 
 def by_hooks_for_real(model: nn.Module, example: Example, names: Names) -> Trace:
     """Trace by watching the model itself, and put back whatever a forward pass may have changed."""
-    training = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.random.fork_rng(devices=[]):
-            return _watch(model.eval(), example, names, nullcontext())
+        with torch.random.fork_rng(devices=[]), evaluating(model):
+            return _watch(model, example, names, nullcontext())
     finally:
-        for module, mode in training.items():
-            module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and buffers[name].shape == buffer.shape:

@@ -29,7 +29,7 @@ from laconic.errors import BadInput
 from ._trace import CASTS
 from ._tracing import op_name
 
-__all__ = ["IGNORED", "Batch", "Block", "Moments", "Visit", "blocks_of", "losses", "resting", "rows", "watched"]
+__all__ = ["IGNORED", "Batch", "Block", "Moments", "Visit", "blocks_of", "losses", "rows", "watched"]
 
 IGNORED = -100  # a position of a target that does not count, as in torch's cross-entropy
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -306,18 +306,6 @@ def _floating(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) or isinstance(value, Tensor) and value.numel() == 1
-
-
-@contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # --- mathematics ------------------------------------------------------------------------------------

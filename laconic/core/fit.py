@@ -35,8 +35,9 @@ from ._finite import NotFinite
 from ._loop import Loop, autocast, output_kept
 from ._progress import TrainingProgress
 from ._random import derived_seed, preserved, seed_all, set_random_state
-from ._recorder import Best, Every, Fitted, Recorder, modes_restored
+from ._recorder import Best, Every, Fitted, Recorder
 from .hooks import Hook
+from .modes import modes_restored
 
 __all__ = ["Best", "Fitted", "NotFinite", "TrainTask", "fit"]
 

@@ -41,6 +41,7 @@ from torch.nn.utils import parametrize
 
 from laconic.core.affine import BATCH_NORMS
 from laconic.core.card import Card
+from laconic.core.modes import evaluating
 from laconic.core.standardized import check_rows, standardize
 from laconic.core.surgery import Swapped, swap
 from laconic.errors import BadInput
@@ -172,14 +173,8 @@ class BYOL:
 
     def predict(self, x: Tensor) -> Tensor:
         """The encoder's features, in evaluation mode; nothing is changed."""
-        modes = [(module, module.training) for module in self.encoder.modules()]
-        self.encoder.eval()
-        try:
-            with torch.no_grad():
-                return self.encoder(x)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(self.encoder), torch.no_grad():
+            return self.encoder(x)
 
     def state_dict(self) -> dict[str, Any]:
         """Both networks, the optimizer and the step."""

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.card import Card
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 
 from ._binning import HistogramBinning, IsotonicCalibration, bin_edges, probabilities
@@ -231,14 +232,9 @@ class CalibrationProbe:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module, data: Any) -> tuple[Tensor, Tensor, int]:
-        modes = [(module, module.training) for module in model.modules()]
         held = next(iter(model.parameters()), torch.empty(0))
-        model.eval()
-        try:
+        with evaluating(model):
             pairs = [(model(x.to(held.device)), y) for x, y in self._batches(data)]
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if not pairs:
             raise BadInput("CalibrationProbe: there is no example to look at")
         logits = torch.cat([z.detach().cpu().float() for z, _ in pairs])

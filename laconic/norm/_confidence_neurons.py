@@ -46,6 +46,7 @@ from torch.nn import functional as F
 
 from laconic.core.card import Card
 from laconic.core.figure import chart
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 
 START = 3  # positions of a text that are left out: too little stands before them
@@ -172,12 +173,10 @@ def look(model: nn.Module, tokens: Tensor, readout: Readout | None = None) -> Se
             f"confidence_neurons: tokens (n, t) with t of at least {START + 2} are needed, not {tuple(tokens.shape)} "
             f"{tokens.dtype}"
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     held = next(iter(model.parameters()), tokens)
     tokens = tokens.to(held.device)
     kept: dict[str, Tensor] = {}
-    try:
+    with evaluating(model):
         found = readout or find_readout(model, tokens)
         reader = found.norm or found.head
         handles = [
@@ -191,9 +190,6 @@ def look(model: nn.Module, tokens: Tensor, readout: Readout | None = None) -> Se
         finally:
             for handle in handles:
                 handle.remove()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     head = model.get_submodule(found.head)
     bias = getattr(head, "bias", None)
     norm = model.get_submodule(found.norm) if found.norm else None

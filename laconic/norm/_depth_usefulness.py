@@ -43,8 +43,9 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.card import Card
-from laconic.core.depth import Batch, Block, Visit, blocks_of, losses, resting, rows, watched
+from laconic.core.depth import Batch, Block, Visit, blocks_of, losses, rows, watched
 from laconic.core.figure import chart
+from laconic.core.modes import evaluating
 from laconic.core.outputs import main_output
 from laconic.errors import BadInput
 
@@ -120,7 +121,7 @@ class DepthUsefulness:
         began = time.perf_counter()
         if not data:
             raise BadInput("depth_usefulness: there is no example to look at")
-        with resting(model):
+        with evaluating(model):
             blocks = blocks_of(model, data[0], self.blocks)
             turned = {block.path: _Mean() for block in blocks if block.keeps}
             left_out = {path: _LeftOut() for path in turned if self.skip}

@@ -45,6 +45,7 @@ from torch.nn import functional as F
 
 from laconic.core.card import Card
 from laconic.core.hooks import Hook, Run
+from laconic.core.modes import evaluating
 from laconic.core.record import Record, apply_records
 from laconic.core.renorm import refusal, solve, ties_in_the_way, untie
 from laconic.core.statistics import widened
@@ -354,20 +355,17 @@ class LayerNormRemover(Hook):
         for path, fake in self._fakes().items():
             scales[path] = float(fake.average_std[-1])
             self.model.set_submodule(path, _real(fake))
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        structure = Structure.build(self.model, self.example)
-        records = [untie(name, names) for name, names in ties_in_the_way(structure).items()]
-        apply_records(self.model, records)
-        structure = Structure.build(self.model, self.example) if records else structure
-        for stream in structure.streams:
-            if reason := refusal(structure, self.model, stream):
-                raise BadInput(f"{stream.norms[0]} cannot be folded: {reason}")
-            record = solve(structure, self.model, stream, "none", scales=scales, method="ln_removal")
-            apply_records(self.model, [record])
-            records.append(record)
-        for module, mode in modes:
-            module.training = mode
+        with evaluating(self.model):
+            structure = Structure.build(self.model, self.example)
+            records = [untie(name, names) for name, names in ties_in_the_way(structure).items()]
+            apply_records(self.model, records)
+            structure = Structure.build(self.model, self.example) if records else structure
+            for stream in structure.streams:
+                if reason := refusal(structure, self.model, stream):
+                    raise BadInput(f"{stream.norms[0]} cannot be folded: {reason}")
+                record = solve(structure, self.model, stream, "none", scales=scales, method="ln_removal")
+                apply_records(self.model, [record])
+                records.append(record)
         return records
 
     def _fakes(self) -> dict[str, FakeLayerNorm]:

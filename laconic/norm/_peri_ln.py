@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.card import Card
+from laconic.core.modes import evaluating
 from laconic.core.placement import SCHEMES, Scheme
 from laconic.errors import BadInput
 
@@ -67,15 +68,12 @@ def stream_variances(model: nn.Module, layers: Iterable[nn.Module], *args: Any, 
 
     chosen = list(layers)
     handles = [layer.register_forward_pre_hook(note) for layer in chosen]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(*args, **kwargs)
+        with torch.no_grad(), evaluating(model):
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     missing = [number for number, layer in enumerate(chosen) if layer not in found]
     if missing:
         raise BadInput(f"layer {missing[0]} of those given was not called by {type(model).__name__}")

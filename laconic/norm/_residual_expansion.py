@@ -43,6 +43,7 @@ from torch.func import jvp
 
 from laconic.core.card import Card
 from laconic.core.figure import bars
+from laconic.core.modes import evaluating
 from laconic.core.placement import SCHEMES, Placement, Residual
 from laconic.core.placing import place
 from laconic.errors import BadInput
@@ -305,13 +306,8 @@ class GeometricComplexity:
         """
         generator = torch.Generator().manual_seed(self.seed)
         batches = [data] if isinstance(data, Tensor) else [b[0] if isinstance(b, (tuple, list)) else b for b in data]
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             found = [self._batch(model, batch, generator) for batch in batches if len(batch)]
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if not found:
             raise BadInput("geometric_complexity: there is no example to look at")
         table = [{"batch": str(i), "examples": n, "complexity": s / n} for i, (s, n, _) in enumerate(found)]

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from laconic.core._random import derived_seed
 from laconic.core.card import Card
 from laconic.core.figure import cells
+from laconic.core.modes import evaluating, modes_restored
 from laconic.errors import BadInput
 
 from ._corruptions import CORRUPTIONS, GROUP_OF, GROUPS, check, corrupt
@@ -187,10 +188,7 @@ class RobustnessProbe:
         """
         began = time.perf_counter()
         self._passes = self._images = 0
-        modes = [(module, module.training) for module in model.modules()]
-        if not self.adapting:
-            model.eval()
-        try:
+        with modes_restored(model) if self.adapting else evaluating(model):
             batches = list(self._batches(data))
             clean = self._score(model, batches, None)
             scores = {
@@ -201,9 +199,6 @@ class RobustnessProbe:
             elsewhere = {
                 name: self._score(model, list(self._batches(other)), None) for name, other in (domains or {}).items()
             }
-        finally:
-            for module, mode in modes:
-                module.training = mode
         cost = {
             "forward passes": self._passes, "images": self._images, "seconds": time.perf_counter() - began,
         }  # fmt: skip

@@ -45,8 +45,9 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.card import Card
-from laconic.core.depth import Batch, Block, Moments, Visit, blocks_of, losses, resting, rows, watched
+from laconic.core.depth import Batch, Block, Moments, Visit, blocks_of, losses, rows, watched
 from laconic.core.figure import chart
+from laconic.core.modes import evaluating
 from laconic.core.outputs import main_output
 from laconic.errors import BadInput
 
@@ -108,7 +109,7 @@ class SignalPropagation:
         began = time.perf_counter()
         if not data:
             raise BadInput("signal_propagation: there is no example to look at")
-        with resting(model):
+        with evaluating(model):
             blocks = blocks_of(model, data[0], self.blocks)
             seen = _Seen(model, blocks)
             for batch in data:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core import depth
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 from laconic.tasks import Task
 from laconic.tasks.base import Batch, call, call_arguments, main_output
@@ -119,10 +120,5 @@ def _next_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
 @torch.no_grad()
 def _first(model: nn.Module, x: Tensor) -> Any:
     """What the model gives for one example, in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return call(model, (x[:1],))
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -46,6 +46,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from laconic.core.card import Card
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 
 SIMILARITIES = ("inner", "euclidean")
@@ -389,7 +390,6 @@ def _widths(
         if isinstance(value, Tensor) and value.is_floating_point():
             seen[path] = value
 
-    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
         for path, in_front in chosen.items():
             module = model.get_submodule(path)
@@ -398,12 +398,8 @@ def _widths(
             else:
                 handle = module.register_forward_hook(lambda m, a, out, path=path: keep(path, out))
             stack.callback(handle.remove)
-        model.eval()
-        try:
+        with evaluating(model):
             model(*example[0], **example[1])
-        finally:
-            for module, mode in modes:
-                module.training = mode
     return seen
 
 

@@ -49,6 +49,7 @@ from laconic.core.allocate import allocate
 from laconic.core.card import Card
 from laconic.core.fake_quant import code_range, pass_through
 from laconic.core.hooks import Hook, Run
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 from laconic.numerics import TABLES
 
@@ -430,15 +431,12 @@ def _count_positions(model: nn.Module, layers: list[_Layer], example: Any) -> No
         return seen
 
     handles = [layer.module.register_forward_hook(count(layer)) for layer in layers]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            call(model.eval(), example)
+        with torch.no_grad(), evaluating(model):
+            call(model, example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
 
 
 # --- training ---------------------------------------------------------------------------------------

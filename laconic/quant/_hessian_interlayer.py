@@ -48,10 +48,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laconic.core.allocate import Bisected, Bisection, bisect
 from laconic.core.card import Card
 from laconic.core.figure import bars
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 from laconic.numerics import Scheme
 
-from ._rounded import Weight, batches_of, call, evaluating, rounded, scheme_of, tensor_of, weights_of
+from ._rounded import Weight, batches_of, call, rounded, scheme_of, tensor_of, weights_of
 from ._spaces import HasSizes
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -47,10 +47,11 @@ from torch import Tensor, nn
 from laconic.core.allocate import allocate
 from laconic.core.card import Card
 from laconic.core.figure import chart
+from laconic.core.modes import evaluating
 from laconic.core.structure import Structure
 from laconic.errors import BadInput
 
-from ._rounded import Weight, batches_of, call, evaluating, tensor_of, weights_of
+from ._rounded import Weight, batches_of, call, tensor_of, weights_of
 from ._spaces import HasSizes
 
 # --- mathematics ------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from laconic.core.allocate import allocate
 from laconic.core.card import Card
 from laconic.core.lora import LoRALinear, linear_layers
+from laconic.core.modes import evaluating
 from laconic.core.passes import Context, Decision
 from laconic.core.record import PACK, Record, owner_of
 from laconic.core.structure import Structure
@@ -265,22 +266,20 @@ def fisher_information(
     names = [f"{path}.weight" for path in linear_layers(model, select)[0] if not is_packed(model.get_submodule(path))]
     weights = [model.get_parameter(name) for name in names]
     found, count = [torch.zeros_like(w, dtype=torch.float32) for w in weights], 0
-    before, training = [w.requires_grad for w in weights], [(m, m.training) for m in model.modules()]
-    model.eval()
+    before = [w.requires_grad for w in weights]
     try:
         for weight in weights:
             weight.requires_grad_()
-        for example in examples:
-            gradients = torch.autograd.grad(loss(model, example), weights, allow_unused=True)
-            for total, gradient in zip(found, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.float().square()
-            count += 1
+        with evaluating(model):
+            for example in examples:
+                gradients = torch.autograd.grad(loss(model, example), weights, allow_unused=True)
+                for total, gradient in zip(found, gradients, strict=True):
+                    if gradient is not None:
+                        total += gradient.float().square()
+                count += 1
     finally:
         for weight, flag in zip(weights, before, strict=True):
             weight.requires_grad_(flag)
-        for module, mode in training:
-            module.training = mode
     if not count:
         raise BadInput("the Fisher information of no examples is not known: give some")
     for name, total in zip(names, found, strict=True):

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from laconic.core.card import Card
 from laconic.core.figure import chart
+from laconic.core.modes import evaluating
 from laconic.core.passes import Context
 from laconic.core.record import Record, apply_records
 from laconic.core.structure import Structure
@@ -54,7 +55,7 @@ from laconic.numerics import Scheme
 from laconic.numerics.nested import nest
 
 from ._llm_int8 import LLMInt8
-from ._rounded import evaluating, tensor_of
+from ._rounded import tensor_of
 from ._rtn import RTN
 
 EPS = 1e-6

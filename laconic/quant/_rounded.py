@@ -107,18 +107,6 @@ def rounded(weights: Mapping[str, Weight], schemes: Mapping[str, Scheme]) -> Ite
                 weights[name].parameter.copy_(value)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def call(model: nn.Module, batch: Any) -> Any:
     """The model on a batch: a tensor, a mapping of keywords, or a sequence that begins with the inputs."""
     if isinstance(batch, Mapping):

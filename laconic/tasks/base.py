@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic.core.modes import evaluating
 from laconic.core.outputs import main_output
 from laconic.errors import BadInput
 
@@ -103,13 +104,8 @@ class Task(ABC):
             reference: the float model's evaluation on this split; only a metric `against_float` needs it, and
                 `compare` supplies it by itself.
         """
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with evaluating(model):
             found = self.measure(model, split, progress)
-        finally:
-            for module, mode in modes:
-                module.training = mode
         return found if reference is None else pair(reference, found, self.metric)
 
     def outputs(self, model: nn.Module, split: str, progress: Progress | None = None) -> Iterator[tuple[Batch, Tensor]]:

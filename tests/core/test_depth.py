@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from laconic.core.depth import IGNORED, Batch, Moments, blocks_of, losses, resting, rows, watched
+from laconic.core.depth import IGNORED, Batch, Moments, blocks_of, losses, rows, watched
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 from laconic.zoo import LlamaLM, LlamaLMConfig, ResNetCifar, ResNetCifarConfig
 from tests.core.test_placing import MODELS
@@ -187,6 +188,6 @@ def test_losses_of_classes_and_of_next_tokens():
 def test_modes_come_back():
     model = chain(Branch("left"))
     model[0].train()
-    with resting(model):
+    with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.children()] == [True, False]

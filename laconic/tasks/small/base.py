@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.core.fit import Fitted, TrainTask, fit
+from laconic.core.modes import evaluating
 from laconic.errors import BadInput
 
 from ..base import disjoint
@@ -134,14 +135,8 @@ class SmallTask(TrainTask):
         """
         if split not in self.data:
             raise BadInput(f"the small task {self.id} has no {split!r} split; it has {', '.join(self.data)}")
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return self.measure(model, self.data[split])
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(model), torch.no_grad():
+            return self.measure(model, self.data[split])
 
 
 class ClassTask(SmallTask):
