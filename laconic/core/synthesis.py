@@ -19,7 +19,7 @@ are drawn (LLM-QAT, arXiv 2305.17888; the list of first tokens is that of arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -300,7 +300,7 @@ def matched_inputs(
             for _ in range(steps):
                 found.clear()
                 x = made()
-                with _maybe(swing, model):
+                with swinging(model) if swing else nullcontext():
                     model(x)
                 if not found:
                     raise BadInput(f"no batch norm of {type(model).__name__} has places to take an image's statistics over")
@@ -320,15 +320,6 @@ def matched_inputs(
         for p, want in wanted:
             p.requires_grad_(want)
     return Synthesized(inputs, losses)
-
-
-@contextmanager
-def _maybe(swing: bool, model: nn.Module) -> Iterator[None]:
-    if swing:
-        with swinging(model):
-            yield
-    else:
-        yield
 
 
 # --- text -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.record import owner_of
 from laconic.errors import BadInput
 from laconic.nn import packed_specs, unpack_parameter
 from laconic.nn.packed import Packed
@@ -163,7 +164,7 @@ def export_onnx(model: nn.Module, example: Example, file: Path) -> Written:
             f"writing ONNX needs the packages onnx and onnxscript ({error.name} is missing): pip install onnx onnxscript"
         ) from error
     written = Written()
-    packed = {name: QuantizedMatrix.of(*_owner(model, name)) for name in packed_specs(model)}
+    packed = {name: QuantizedMatrix.of(*owner_of(model, name)) for name in packed_specs(model)}
     graph = Graph(_floats(model).eval(), example)
     program = _program(graph, written)
     with torch.no_grad(), _quietly():
@@ -189,11 +190,6 @@ def export_onnx(model: nn.Module, example: Example, file: Path) -> Written:
     proto.producer_name, proto.producer_version = "laconic", ""
     _save(onnx, proto, file)
     return written
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

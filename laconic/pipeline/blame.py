@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,25 @@ from torch import Tensor, nn
 from laconic.core.record import owner_of
 from laconic.core.units import BITS, Unit
 from laconic.errors import BadInput
-from laconic.kernels.inputs import round_inputs
-from laconic.nn import matrix_view, restore_view
-from laconic.numerics import Scheme, fake_quantize
+from laconic.numerics import Scheme
 from laconic.tasks import TASKS, Task
 from laconic.tasks import compare as compare_evaluations
 
 from .artifact import MANIFEST
-from .budget import Budget, parse_bytes
+from .budget import UNBOUNDED, Budget, parse_bytes
 from .compress import Result, compress
 from .load import load
+from .observe import rounded_inputs
 from .recipe import Recipe, load_recipe
 from .run import Options, Progress, Run
 from .solve import owner
+from .tryout import rounded
 
 __all__ = ["blame", "repair"]
 
 TOKENS = 4096  # positions on which the distance is measured
 LOGITS = 1 << 26  # elements of float logits that are kept for it
 BACK = 0.8  # of what a parameter costs that its repair gives back
-NONE = Budget(text="none")
 
 
 def blame(
@@ -91,14 +90,16 @@ def blame(
     begin, show = time.perf_counter(), progress or (lambda stage, done, total: None)
     folder, recipe, told = _read(artifact)
     data = _data(data, task, told, folder)
-    options = Options(recipe=_with(recipe, bits=list(BITS)), seed=seed, batch=batch, seq=seq)
-    options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
-    run = Run(options, NONE, show)
+    options = Options(
+        recipe=_with(recipe, bits=list(BITS)), seed=seed, batch=batch, seq=seq, trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
+    run = Run(options, UNBOUNDED, show)
     run.prepare(model if model is not None else _model(told, data), data, columns, example)
     if run.task is None or "select" not in run.task.splits:
         raise BadInput("blame compares outputs on the select split, which this data has not: give a task or examples")
     if recipe.smooth is not None:
-        run._smooth(recipe.smooth)
+        run.smooth(recipe.smooth)
     with torch.no_grad():
         mixed = _Mixed(run, folder, show)
         found = _culprits(mixed, most)
@@ -274,36 +275,36 @@ class _Mixed:
         if not self.units:
             raise BadInput(f"{folder} has no packed parameter: there is nothing to blame")
         self.float = {n: p.detach().clone() for n, p in self.ground.model.named_parameters()}
-        self.batches = self._batches()
-        self.reference = [self._output(batch) for batch in self.batches]
+        self.batches, self.reference = self._seen()
         self.logits = self.task.metric.name in ("perplexity", "accuracy") and self.reference[0].dim() >= 2
         self.kind = "KL divergence to the float model" if self.logits else "relative squared error of the output"
         self.spread = 0.0
         if not self.logits:
             mean = torch.cat([r.reshape(-1, r.shape[-1]) for r in self.reference]).mean(0)
             self.spread = sum(float((r - mean).square().sum()) for r in self.reference)
-        self.packed, self.words = self._packed_values(folder)
+        self.packed = self._packed_values(folder)
         self.beside = self._beside()
         self.whole = self.distance({})
 
-    def _batches(self) -> list[Any]:
-        batches = self.run.batches("select", TOKENS, batch=8)
+    def _seen(self) -> tuple[list[Any], list[Tensor]]:
+        """Batches of the select split, and what the float model gives for them, as far as that is kept."""
+        batches, outputs = [], []
+        for batch in self.run.batches("select", TOKENS, batch=8):
+            output = self._output(batch)
+            if outputs and output.numel() + sum(kept.numel() for kept in outputs) > LOGITS:
+                break
+            batches.append(batch)
+            outputs.append(output)
         if not batches:
             raise BadInput(f"{self.task.id} has no inputs on its select split: blame compares outputs")
-        size, kept = 0, []
-        for batch in batches:
-            size += self._output(batch).numel()
-            if kept and size > LOGITS:
-                break
-            kept.append(batch)
-        return kept
+        return batches, outputs
 
-    def _packed_values(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What the artifact's parameters stand for, by name, and how its layers round their inputs."""
+    def _packed_values(self, folder: Path) -> dict[str, Tensor]:
+        """What the artifact's parameters stand for, by name; units learn how their layers round inputs."""
         into = None if self.ground.source.kind == "transformers" else self.ground.source.skeleton()
         packed = load(folder, into=into)
         values: dict[str, Tensor] = {}
-        words: dict[str, str] = {}
+        units = {unit.name: unit for unit in self.units}
         for name, value in self.float.items():
             module, attribute = owner_of(packed, name)
             held = getattr(module, attribute)
@@ -313,10 +314,9 @@ class _Mixed:
                 )
             if name in self.decision or not torch.equal(held, value):
                 values[name] = held.detach().to(value.dtype).clone()
-            spec = getattr(module, "_packed", {}).get(attribute)
-            if spec is not None and spec.inputs:
-                words[name] = spec.inputs
-        return values, words
+            if name in units:
+                units[name].inputs = module._packed[attribute].inputs  # type: ignore[operator,index,union-attr]
+        return values
 
     def _beside(self) -> dict[str, list[str]]:
         """Parameters that changed with a packed one: its layer's bias, corrected. What has no such layer stays as packed."""
@@ -365,21 +365,14 @@ class _Mixed:
             for beside in self.beside[name]:
                 values.pop(beside, None)
             if scheme is not None:
-                unit = next(u for u in self.units if u.name == name)
-                matrix = fake_quantize(matrix_view(self.float[name], unit.view), scheme, name)
-                values[name] = restore_view(matrix, unit.spec(scheme))
+                values[name] = rounded(next(u for u in self.units if u.name == name), scheme, self.float[name])
         for name, value in self.float.items():
             self.ground.model.get_parameter(name).data.copy_(values.get(name, value))
 
-    def _rounding(self, instead: Mapping[str, Scheme | None]) -> ExitStack:
+    def _rounding(self, instead: Mapping[str, Scheme | None]) -> AbstractContextManager[None]:
         """Inputs rounded where the artifact rounds them."""
-        stack = ExitStack()
-        for name, word in self.words.items():
-            if name in instead and instead[name] is None:
-                continue
-            hook = lambda m, args, word=word: (round_inputs(args[0], word), *args[1:])  # noqa: E731
-            stack.callback(owner_of(self.ground.model, name)[0].register_forward_pre_hook(hook).remove)
-        return stack
+        packed = [u for u in self.units if u.name not in instead or instead[u.name] is not None]
+        return rounded_inputs(self.ground.model, packed)
 
 
 def _culprits(mixed: _Mixed, most: int) -> list[tuple[Unit, float]]:

@@ -48,6 +48,9 @@ class Budget:
         return int(size_before / self.size_ratio) if self.size_ratio else None
 
 
+UNBOUNDED = Budget(text="none")
+
+
 def parse_budget(text: str | Budget | None) -> Budget:
     """The budget that a text states.
 

@@ -20,13 +20,12 @@ from laconic.errors import BadInput
 from laconic.nn.packed import _is_experts
 from laconic.tasks import Task
 
-from .budget import Budget, parse_budget
+from .budget import UNBOUNDED, Budget, parse_budget
 from .decide import fisher, option_costs
 from .look import Seen, look, tokenizer_of
 from .measure import run_batch
 from .observe import positions
 from .plan import Ground
-from .recipe import Recipe
 from .run import CALIBRATION_TOKENS, Options, Progress, Run
 from .tryout import fit
 
@@ -66,15 +65,16 @@ def examine(
     """
     if (data is None) == (task is None):
         raise BadInput("examine looks at data: pass --data or --task, one of them")
-    options = Options(recipe=Recipe(), seed=seed, batch=batch, seq=seq)
-    options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
-    bounds = Budget(text="none") if budget is None else parse_budget(budget)
+    options = Options(
+        seed=seed, batch=batch, seq=seq, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    bounds = UNBOUNDED if budget is None else parse_budget(budget)
     run = Run(options, bounds, progress or (lambda stage, done, total: None))
     run.prepare(model, data if data is not None else task, columns, example)
     if run.task is None or "calibrate" not in run.task.splits:
         raise BadInput("this data scores a model and has no examples to calibrate on: there is nothing to examine")
     ground, batches = run.ground, run.batches("calibrate", CALIBRATION_TOKENS, batch=8)
-    seen = look(run.task, ground.packable, tokenizer_of(ground.source), seq)
+    seen = look(run.task, ground.packable, lambda: tokenizer_of(ground.source), seq)
     seen += [_experts(ground.model, run.task, batches), _draws(run, ground, run.task)]
     return {
         "model": ground.source.name, "task": run.task.id, "examples": run.task.sizes.get("calibrate"),

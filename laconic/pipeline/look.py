@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,22 +41,23 @@ class Seen:
     sentence: str
 
 
-def look(task: Task, units: Sequence[Unit], tokenizer: Any, seq: int | None = None) -> list[Seen]:
+def look(task: Task, units: Sequence[Unit], tokenizer: Callable[[], Any], seq: int | None = None) -> list[Seen]:
     """What can be seen without running the model.
 
     Args:
         task: with a calibrate split.
         units: of the model that can be packed.
-        tokenizer: that lies with the model, or None.
+        tokenizer: gives the one that lies with the model, or None; asked for where inputs are texts.
         seq: tokens of an example, as in `compress`.
     """
     rows = {split: _columns(task.batches(split, batch=ALL, seq=seq)) for split in task.splits}
+    reader = tokenizer() if "input_ids" in rows["calibrate"] else None
     return [
         _enough(rows["calibrate"], units),
         _twice(rows),
         _lengths(rows),
-        _beginning(rows["calibrate"], tokenizer),
-        _chat(rows["calibrate"], tokenizer),
+        _beginning(rows["calibrate"], reader),
+        _chat(rows["calibrate"], reader),
     ]
 
 

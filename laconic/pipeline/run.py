@@ -161,7 +161,7 @@ class Run:
         """Say what is wrong with the examples before anything is calibrated on them."""
         if self.task is None or "calibrate" not in self.task.splits:
             return
-        for seen in look(self.task, meta.packable, tokenizer_of(source), self.options.seq):
+        for seen in look(self.task, meta.packable, lambda: tokenizer_of(source), self.options.seq):
             if seen.state == "warning":
                 self._note(f"calibration data: {seen.sentence}")
 
@@ -284,7 +284,7 @@ class Run:
         ground, recipe = self.ground, self.options.recipe
         if recipe.smooth is not None:
             with self.stage("smooth"):
-                self._smooth(recipe.smooth)
+                self.smooth(recipe.smooth)
         with self.stage("hash"):
             digests = self._digests()
             self.identity = digest(
@@ -316,7 +316,7 @@ class Run:
             self._write(decision, records, method)
         return self._verify(decision, records, coverage(ground, decision), method)
 
-    def _smooth(self, alpha: float) -> None:
+    def smooth(self, alpha: float) -> None:
         """Even out norms before anything is rounded; the function stays what it was."""
         batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
         if self.ground.streamed or not batches:
@@ -609,7 +609,7 @@ class Run:
             self.ground.model.get_parameter(name).data.copy_(parameter)
         if self.rewrites and self.options.recipe.smooth is not None:
             self.rewrites = []
-            self._smooth(self.options.recipe.smooth)
+            self.smooth(self.options.recipe.smooth)
 
     def _select_float(self) -> None:
         """The float model on the select split, once."""

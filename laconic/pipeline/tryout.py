@@ -145,10 +145,11 @@ def smallest(attempt: Callable[[int], tuple[Any, bool]], up: Sequence[int], down
 
 def _round(ground: Ground, decision: Mapping[str, Scheme | None], original: Mapping[str, torch.Tensor]) -> None:
     for unit in ground.packable:
-        ground.model.get_parameter(unit.name).data.copy_(_rounded(unit, decision.get(unit.name), original[unit.name]))
+        ground.model.get_parameter(unit.name).data.copy_(rounded(unit, decision.get(unit.name), original[unit.name]))
 
 
-def _rounded(unit: Unit, scheme: Scheme | None, value: torch.Tensor) -> torch.Tensor:
+def rounded(unit: Unit, scheme: Scheme | None, value: torch.Tensor) -> torch.Tensor:
+    """A parameter's value rounded to nearest by a scheme; as it is for None."""
     if scheme is None:
         return value
     return restore_view(fake_quantize(matrix_view(value, unit.view), scheme, unit.name), unit.spec(scheme))

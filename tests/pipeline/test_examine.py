@@ -104,7 +104,7 @@ def looked(calibrate: torch.Tensor, verify: torch.Tensor | None = None, **more: 
     given = {"calibrate": {"input_ids": calibrate, **more}}
     if verify is not None:
         given["verify"] = {"input_ids": verify}
-    return {one.check: one for one in look(Rows(**given), [], Tokenizer())}
+    return {one.check: one for one in look(Rows(**given), [], Tokenizer)}
 
 
 def test_a_missing_beginning_and_a_missing_template() -> None:
