@@ -36,7 +36,7 @@ from ._trace import Names
 from .fake_quant import code_range, lsq, lsq_grad_scale, lsq_init, pass_through
 from .record import PACK, Record, apply_records
 
-__all__ = ["FakeInput", "FakeWeight", "PackableWeight", "Prepared", "convert", "prepare", "quantized_layers"]
+__all__ = ["FakeInput", "FakeWeight", "PackableWeight", "Prepared", "attach_input_quantizer", "convert", "prepare", "quantized_layers"]
 
 OPS = ("linear", "conv")
 Codes = tuple[Tensor, Tensor, Tensor | None]
@@ -203,8 +203,16 @@ class _ByToken(nn.Module):
 INPUTS = "input_quantizer"  # the submodule's name
 
 
+def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:
+    """Let a layer's inputs pass a module first, in place; a second one takes the place of the first."""
+    fresh = not hasattr(layer, INPUTS)
+    setattr(layer, INPUTS, quantizer)
+    if fresh:
+        layer.register_forward_pre_hook(_quantize_input)
+
+
 def _quantize_input(module: Any, arguments: tuple) -> tuple:
-    """The pre-hook of a prepared layer."""
+    """The pre-hook of such a layer."""
     return (getattr(module, INPUTS)(arguments[0]), *arguments[1:])
 
 
@@ -266,8 +274,7 @@ def prepare(
     for path, module, weight, quantizer in planned:
         parametrize.register_parametrization(module, "weight", weight)
         if quantizer is not None:
-            module.add_module(INPUTS, quantizer.train(module.training))
-            module.register_forward_pre_hook(_quantize_input)
+            attach_input_quantizer(module, quantizer.train(module.training))
         done.layers.append(path)
     return done
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.calls import call
 from laconic.core.structure import Example
 from laconic.errors import BadInput
 
@@ -17,8 +18,7 @@ Batch = Tensor | Mapping[str, Any] | Sequence[Any]
 @torch.no_grad()
 def run_batch(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch."""
-    args, kwargs = example_of(batch)
-    return model(*args, **kwargs)
+    return call(model, batch)
 
 
 def example_of(batch: Batch) -> Example:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from laconic.core.qat import attach_input_quantizer
 from laconic.core.reconstruct import Reconstructed
 from laconic.core.record import Record, apply_records
 from laconic.core.structure import Structure
@@ -134,18 +135,6 @@ def learned_of(model: nn.Module) -> Iterator[tuple[str, LearnedWeight]]:
             for one in module.parametrizations.weight:  # type: ignore[union-attr]
                 if isinstance(one, LearnedWeight):
                     yield path, one
-
-
-def attach_input_quantizer(layer: nn.Module, quantizer: nn.Module) -> None:
-    """Let a layer's inputs pass a module first, in place; a second one takes the place of the first."""
-    fresh = not hasattr(layer, "input_quantizer")
-    layer.input_quantizer = quantizer
-    if fresh:
-        layer.register_forward_pre_hook(_round_input)
-
-
-def _round_input(layer: Any, args: tuple) -> tuple:
-    return (layer.input_quantizer(args[0]), *args[1:])
 
 
 def followed_by_relu(model: nn.Module, run: Any, paths: Sequence[str]) -> set[str]:

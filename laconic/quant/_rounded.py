@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from laconic.core import calls
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, is_packed, matrix_view
 from laconic.nn.packed import View, op_of, restore_view
@@ -108,10 +109,8 @@ def rounded(weights: Mapping[str, Weight], schemes: Mapping[str, Scheme]) -> Ite
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: a tensor, a mapping of keywords, or a sequence that begins with the inputs."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch if isinstance(batch, Tensor) else batch[0])
+    """The model on a batch: a tensor, a mapping of keywords, or a sequence that begins with the inputs, and has more."""
+    return calls.call(model, batch if isinstance(batch, (Tensor, Mapping)) else batch[0])
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -44,6 +44,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,6 +52,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from laconic.core.calls import Stop, capture
 from laconic.core.card import Card
 from laconic.core.passes import Context, Decision
 from laconic.core.record import Record
@@ -196,10 +198,6 @@ def _fused_concentration(
 # --- the pass ---------------------------------------------------------------------------------------
 
 
-class _Stop(Exception):
-    """Ends a forward when a block has been seen."""
-
-
 def weighted_hessians(
     model: nn.Module, block: str, layers: Sequence[str], batches: Sequence[Batch], *,
     token_weight: Importance | Callable[[Tensor], Tensor] = "attention", r_min: float = 0.005, r_max: float = 1.0,
@@ -254,7 +252,7 @@ def weighted_hessians(
             weighted_hessian(hessian, rows, None if plain else r, power)
 
         with _watching({path: model.get_submodule(path) for path in layers}, note):
-            _run_until(model, block, batch)
+            capture(model, partial(run_batch, model, batch), [block], last=block)
     return found
 
 
@@ -286,14 +284,14 @@ def _seen(model: nn.Module, block: str, batch: Batch, *, attention: bool) -> tup
         if attention:
             mode.__exit__(None, None, None)
         kept.append(first_tensor(output).detach())
-        raise _Stop
+        raise Stop
 
     handles = [
         module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave, prepend=False),
     ]  # fmt: skip
     try:
         run_batch(model, batch)
-    except _Stop:
+    except Stop:
         pass
     finally:
         for handle in handles:
@@ -301,19 +299,6 @@ def _seen(model: nn.Module, block: str, batch: Batch, *, attention: bool) -> tup
     if len(kept) != 2:
         raise BadInput(f"{block} was not reached: it is no block of this model's forward")
     return kept[0], kept[1], mode.found
-
-
-def _run_until(model: nn.Module, block: str, batch: Batch) -> None:
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    handle = model.get_submodule(block).register_forward_hook(stop)
-    try:
-        run_batch(model, batch)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
 
 
 def _ids(batch: Batch) -> Tensor:
