@@ -29,6 +29,12 @@ app = typer.Typer(
 
 REQUIRED = inspect.Parameter.empty
 
+# As in `laconic.pipeline.strategies`, which takes long to import; a test compares them.
+STRATEGIES = (
+    "auto", "search", "rtn", "gptq", "awq", "smoothquant", "rotate", "rsq", "norm_tweak", "adaquant", "genie", "nf4",
+    "uniform", "layer_bits", "hessian_interlayer",
+)  # fmt: skip
+
 # What more than one command takes: the type, how it is shown, and the default.
 Given = tuple[Any, Any, Any]
 SHARED: dict[str, Given] = {
@@ -44,12 +50,9 @@ SHARED: dict[str, Given] = {
     "recipe": (str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact"), None),
     "strategy": (
         str | None,
-        typer.Option(
-            help="instead of a recipe, a method by name: auto, search, rtn, gptq, awq, smoothquant, rotate, rsq, "
-            "norm_tweak, adaquant, genie, nf4"
-        ),
+        typer.Option(help=f"instead of a recipe, a method by name: {', '.join(STRATEGIES)}"),
         None,
-    ),  # fmt: skip
+    ),
     "max_ram": (str | None, typer.Option(help="bound on peak resident memory, as 8GB"), None),
     "exclude": (list[str] | None, typer.Option(help="parameters that no pass may touch; repeatable"), None),
     "keep": (

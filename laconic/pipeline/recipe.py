@@ -103,7 +103,9 @@ class Quantize(BaseModel):
 
     `method` rounds them: `rtn` to nearest; by the second moments of the inputs `gptq`, `rsq` (tokens counted by how much
     attention they get) and `awq` (ranges clipped); `adaquant` and `genie` train how each layer rounds, for `steps` of
-    Adam. Where there is no data, all of them are `rtn`. `schemes` are offered instead of integers of `bits` bits.
+    Adam. Where there is no data, all of them are `rtn`. `schemes` are offered instead of integers of `bits` bits. `allocate`
+    gives them out: `program` by measured costs under the ceilings, `uniform` the same width to all, `blocks` by the
+    importance of whole blocks, `bisect` along an order of sensitivity, measuring whether the drop holds.
 
     `inputs` says whether packed linear layers round their inputs to 8 bits when they run, which lets them take integer
     products: each token by a scale of its own (int8), or all by one scale that is calibrated before (int8_static, which
@@ -115,6 +117,7 @@ class Quantize(BaseModel):
     method: Method = "gptq"
     bits: list[int] = list(BITS)
     schemes: list[str] | None = None
+    allocate: Literal["program", "uniform", "blocks", "bisect"] = "program"
     steps: int = Field(500, ge=1)
     inputs: Inputs = "auto"
     units: dict[str, str | None] | None = None

@@ -50,6 +50,7 @@ from .observe import (
     input_scales,
     rounded_inputs,
 )
+from .orders import bisected, by_blocks, sensitivity_order, uniform
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
 from .recipe import LEARNED, Inputs, Recipe
 from .rewrite import Sight, rewrite
@@ -528,6 +529,9 @@ class Run:
         return {n: Scheme.parse(text) if (text := units[n]) else None for n in known if n in units}
 
     def _allocate(self) -> Choice:
+        step = self.recipe.quantize
+        if step is not None and step.allocate != "program":
+            return self._in_order(step.allocate)
         ground, costs = self.ground, self._option_costs()
         if self.budget.latency:
             return self._allocate_timed(costs)
@@ -538,6 +542,30 @@ class Run:
         return try_plans(
             ground, costs, self.ceiling, self.budget.drop, time.perf_counter() - start < QUICK,
             lambda decision: self._measure_select("rounded", decision), lambda d, t: self.progress("try", d, t),
+        )  # fmt: skip
+
+    def _in_order(self, how: str) -> Choice:
+        """Bits by another way than the integer program."""
+        ground = self.ground
+        if ground.streamed:
+            raise BadInput(
+                f"allocate: {how} needs the model in memory, and it does not fit under --max-ram: say program"
+            )
+        if self.budget.latency:
+            raise BadInput(f"allocate: {how} knows no milliseconds: say program, or leave latency out of the budget")
+        ceiling = self.ceiling if self.ceiling is not None else ground.source.size_before // 4
+        batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
+        if how == "uniform":
+            return uniform(ground, ceiling)
+        if how == "blocks":
+            return by_blocks(ground, self.task, batches, ceiling)
+        if self.budget.drop is None or self.task is None or "select" not in self.task.splits or not batches:
+            raise BadInput("allocate: bisect measures whether a drop holds: give data, and a drop in the budget")
+        self._select_float()
+        order = sensitivity_order(ground, self.task, batches[:1], self.options.seed)
+        return bisected(
+            ground, order, self.budget.drop, lambda decision: self._measure_select("rounded", decision),
+            lambda d, t: self.progress("try", d, t),
         )  # fmt: skip
 
     def _allocate_timed(self, costs: dict[str, list[float]]) -> Choice:

@@ -59,7 +59,9 @@ NF4 = "v1/levelsnf4/group64/float16/minmax/znone/nearest"
 
 STRATEGIES: dict[str, Strategy] = {
     "auto": Strategy("gptq, and the search where the drop of the budget is missed", Recipe(), "missed"),
-    "search": Strategy("gptq, awq, rotate, rsq, norm_tweak and adaquant, whichever loses least here", Recipe(), "always"),
+    "search": Strategy(
+        "gptq, awq, rotate, rsq, norm_tweak and adaquant, whichever loses least here", Recipe(), "always"
+    ),
     "rtn": Strategy("to nearest; needs no data", _by("rtn")),
     "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe()),
     "awq": Strategy("columns that meet large inputs scaled up, ranges clipped", _by("awq", AWQ())),
@@ -73,7 +75,16 @@ STRATEGIES: dict[str, Strategy] = {
     "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant")),
     "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie")),
     "nf4": Strategy("4-bit NormalFloat, as qlora; needs no data", _recipe(Quantize(method="rtn", schemes=[NF4]))),
-}  # fmt: skip
+    "uniform": Strategy("gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection())),
+    "layer_bits": Strategy(
+        "gptq with whole blocks of fewer bits, the least important first",
+        _recipe(Quantize(allocate="blocks"), BiasCorrection()),
+    ),
+    "hessian_interlayer": Strategy(
+        "gptq with bits bisected along an order of sensitivity; needs a drop",
+        _recipe(Quantize(allocate="bisect"), BiasCorrection()),
+    ),
+}
 
 
 def strategy(name: str) -> Strategy:

@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 import laconic
+from laconic import cli
 from laconic.core.structure import Structure
 from laconic.errors import BadInput
 from laconic.pipeline.compress import compress, plan
@@ -56,8 +57,9 @@ def test_each_strategy_gives_an_artifact_that_replays_to_the_same_bytes(name, ll
     folder, data = llama
     trained = name in ("adaquant", "genie")
     how = {"recipe": few_steps(tmp_path, name)} if trained else {"strategy": name}
-    found = compress(folder, data, "size=3x", seq=16, out=tmp_path / "out", **how)
-    again = compress(folder, data, "size=3x", seq=16, out=tmp_path / "again", recipe=found.out / "recipe.yaml")
+    budget = "drop=100000" if name == "hessian_interlayer" else "size=5x" if name in ("uniform", "layer_bits") else "size=3x"
+    found = compress(folder, data, budget, seq=16, out=tmp_path / "out", **how)
+    again = compress(folder, data, budget, seq=16, out=tmp_path / "again", recipe=found.out / "recipe.yaml")
     assert hashes(found.out) == hashes(again.out)
     assert found.ratio >= 3 and found.exit_code == 0
     loaded = laconic.load(found.out)
@@ -223,6 +225,46 @@ def test_candidates_fit_the_model(classifier, llama):
     assert names[:3] == ["awq, gptq", "rotate, gptq", "rotate, rsq"] and "gptq, norm_tweak" in names
     plain = Structure.build(model, ((torch.zeros(1, 24),), {}))
     assert [told(r) for r in candidates(Recipe(), plain, model)] == ["adaquant"]
+
+
+def widths(found, inside=""):
+    return {u["name"]: u["bits"] for u in found.record["units"] if u["bits"] <= 8 and inside in u["name"]}
+
+
+def test_bits_are_given_out_by_other_ways_than_the_program(llama, tmp_path, monkeypatch):
+    """Uniform: one width. By blocks: one width within each block, two neighbouring ones over all, and it fits."""
+    folder, data = llama
+    alike = compress(folder, data, "size=5x", seq=16, out=tmp_path / "uniform", strategy="uniform")
+    assert len(set(widths(alike).values())) == 1 and alike.ratio >= 5
+    blocks = compress(folder, data, "size=5x", seq=16, out=tmp_path / "blocks", strategy="layer_bits")
+    found = [set(widths(blocks, f"layers.{i}.").values()) for i in (0, 1)]
+    assert all(len(one) == 1 for one in found) and blocks.ratio >= 5
+    used = sorted(set(widths(blocks).values()))
+    assert used[-1] - used[0] <= 1
+
+    def measured(self, name, decision):
+        """What is below 5 bits costs a tenth of a point each."""
+        return sum(0.1 for s in decision.values() if s is not None and s.bits < 5)
+
+    monkeypatch.setattr(Run, "_measure_select", measured)
+    bisected = compress(folder, data, "drop=0.5", seq=16, out=tmp_path / "bisect", strategy="hessian_interlayer")
+    below = [bits for bits in widths(bisected).values() if bits < 5]
+    assert len(below) == 5 and max(widths(bisected).values()) <= 5
+
+
+def test_ways_to_give_out_bits_say_what_they_need(llama, classifier, tmp_path):
+    folder, data = llama
+    model, examples = classifier
+    with pytest.raises(BadInput, match="give data, and a drop"):
+        compress(folder, data, "size=5x", seq=16, out=tmp_path / "o", strategy="hessian_interlayer")
+    with pytest.raises(BadInput, match="needs a chain of blocks"):
+        compress(model, examples, "size=4x", out=tmp_path / "o", strategy="layer_bits", example=torch.zeros(1, 24))
+    with pytest.raises(BadInput, match="there is no data"):
+        compress(folder, None, "size=4x", out=tmp_path / "o", strategy="layer_bits")
+
+
+def test_the_command_line_lists_every_strategy():
+    assert tuple(STRATEGIES) == cli.STRATEGIES
 
 
 def test_a_strategy_is_part_of_a_plan(llama):
