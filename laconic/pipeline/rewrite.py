@@ -122,9 +122,13 @@ def _changed(ground: Ground, one: SmoothQuant | AWQ | Rotate, sight: Sight) -> l
         records.append(record)
     if not records and not left:
         sight.note(f"{one.id} found nothing in this model that it could change")
-    for reason in dict.fromkeys(left.values()):
-        paths = [path for path, said in left.items() if said == reason]
-        sight.note(f"{one.id} left {few(paths)} as {'it is' if len(paths) == 1 else 'they are'}: {reason}")
+    if left:
+        first, reason = next(iter(left.items()))
+        why = reason.removeprefix(f"{first}: ")
+        sight.note(
+            f"{one.id} left {few(list(left))} as {'it is' if len(left) == 1 else 'they are'}: "
+            f"{why if len(left) == 1 else f'{first}, since {why}'}"
+        )
     return records
 
 
