@@ -158,6 +158,7 @@ class Run:
         self._costs: dict[str, list[float]] | None = None
         self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
+        self._structures: dict[Any, Structure] = {}
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -229,16 +230,34 @@ class Run:
         return ground
 
     def _ground(self, source: Source, model: nn.Module, fold: bool = False) -> Ground:
-        structure = Structure.build(model, source.example())
+        structure = self._structure(source, model)
         folded = self._fold(structure, model) if fold else []
         if folded:
-            structure = Structure.build(model, source.example())
+            structure = self._structure(source, model)
         step = self.recipe.quantize
         bits, offer = (step.bits, offered(step)) if step else ((), None)
         units = find_units(
             model, structure, keep=self.options.keep, exclude=self.options.exclude, bits=bits, offer=offer
         )  # fmt: skip
         return Ground(source, model, structure, units, other_tensors(model, units), False, folded)
+
+    def _structure(self, source: Source, model: nn.Module) -> Structure:
+        """The structure of a model; that of a skeleton is known again in the model with its values.
+
+        Tracing takes seconds, and reads no values where it is done by export.
+        """
+        first: dict[int, str] = {}  # a parameter's first name: ties are part of the structure
+        tensors = model.named_parameters(remove_duplicate=False)
+        key = (
+            tuple((path, type(module)) for path, module in model.named_modules(remove_duplicate=False)),
+            tuple((name, tuple(p.shape), p.dtype, first.setdefault(id(p), name)) for name, p in tensors),
+        )
+        if key not in self._structures:
+            found = Structure.build(model, source.example())
+            if found.how != "export":
+                return found
+            self._structures[key] = found
+        return self._structures[key]
 
     def _fold(self, structure: Structure, model: nn.Module) -> list[tuple[str, str]]:
         """Fold every batch norm that can be; those named by --exclude are not touched."""
@@ -419,8 +438,10 @@ class Run:
                 check_possible(self.ground, self.budget)
 
     def _look_again(self, ground: Ground) -> None:
-        """Find structure and units anew, after a change of names or shapes."""
+        """Find structure and units anew, after a change of names, shapes, or what turns inputs as they come."""
+        self._structures.clear()
         fresh = self._ground(ground.source, ground.model)
+        self._structures.clear()
         ground.structure, ground.units, ground.others = fresh.structure, fresh.units, fresh.others
 
     def _restore(self, recipe: Recipe) -> None:
