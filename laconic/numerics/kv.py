@@ -4,7 +4,8 @@ Per token, n channels are stored in groups of g, with clip c and b bits:
 
     s = c (max - min) / (2^b - 1)   z = round(-c min / s)   q = clamp(round(x / s) + z, 0, 2^b - 1)      x^ = s (q - z)
 
-Keys may be rotated before, by a Hadamard matrix over heads together. The sinks of a sequence are the tokens that hold the largest |entries| of what enters a block.
+Keys may be rotated before, by a Hadamard matrix over heads together. The sinks of a sequence are the tokens that hold
+the largest |entries| of what enters a block.
 
 Example:
     >>> import torch

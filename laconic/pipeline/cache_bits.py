@@ -98,11 +98,13 @@ def cache_shapes(model: Any) -> list[LayerShape]:
     if why:
         raise BadInput(f"{why}: leave kv_cache out of the recipe")
     cache = DynamicCache(config=model.config)
-    ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    like = next(model.parameters())
     with evaluating(model):
-        try:
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        try:  # embeddings and no ids, whose values a model may want to look at
+            width = model.get_input_embeddings().embedding_dim
+            embedded = torch.zeros((1, 2, width), dtype=like.dtype, device=like.device)
+            model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"the cache of {type(model).__name__} cannot be looked at: {first_line(error)}") from error
     shapes = []
     for layer in cache.layers:
@@ -159,7 +161,9 @@ def step_of(options: CacheOptions | None) -> KVCache:
 def attention_for(model: Any) -> str | None:
     """The attention that computes on packed numbers, where the model takes it; None: its own, which dequantizes."""
     config = model.config.get_text_config(decoder=True)
-    extra = getattr(config, "attn_logit_softcapping", None) or any(n.endswith(".sinks") for n, _ in model.named_parameters())
+    extra = getattr(config, "attn_logit_softcapping", None) or any(
+        n.endswith(".sinks") for n, _ in model.named_parameters()
+    )
     return None if extra or not model._can_set_attn_implementation() else "laconic"
 
 
@@ -297,7 +301,8 @@ def _sums(options: CacheOptions, model: Any) -> Any:
 
     class Summing(RotatedLayer):
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            assert self._told is not None
+            if self._told is None:
+                return super().update(key_states, value_states)  # which says what is wrong
             _, cos, sin = self._told
             half = cos.shape[-1] // 2
             if not torch.equal(cos[..., :half], cos[..., half:]):

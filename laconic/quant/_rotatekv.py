@@ -58,7 +58,7 @@ from laconic.numerics import (
     pack,
     rotate_heads,
     sink_mask,
-    sink_tokens,
+    sink_tokens,  # noqa: F401 - a name of this family
     unpack,
 )
 

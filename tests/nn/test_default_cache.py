@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig
 from laconic.errors import BadInput
 from laconic.nn.default_cache import CacheOptions, default_cache, new_cache, use_cache
 from laconic.nn.kv_cache import QuantizedCache
-from laconic.nn.rotated_cache import RotatedLayer, RotatedQuantizedCache, announce_inputs
+from laconic.nn.rotated_cache import RotatedLayer, RotatedQuantizedCache, _Announce, announce_inputs
 from laconic.numerics import kv_round
 from tests.nn.test_kv_cache import CONFIGS, SMALL, build, off, stepwise, tokens
 
@@ -70,7 +70,9 @@ def test_rotated_logits_are_near_those_of_floats(config: Any) -> None:
 
 def turned(layer: RotatedLayer, k: Any, n: int) -> Any:
     """Announce n tokens at their places."""
-    angle = (torch.arange(layer.get_seq_length(), layer.get_seq_length() + n)[:, None] * torch.tensor([1.0, 0.1])).repeat(1, 2)
+    angle = (
+        torch.arange(layer.get_seq_length(), layer.get_seq_length() + n)[:, None] * torch.tensor([1.0, 0.1])
+    ).repeat(1, 2)
     layer.announce(torch.randn(k.shape[0], n, 12), angle.cos()[None], angle.sin()[None])
 
 
@@ -115,7 +117,9 @@ def test_rotated_generation_with_padding_beams_and_fewer_bytes() -> None:
     use_cache(model, CacheOptions(8, 8, method="rotatekv"))
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
-    want = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), num_beams=2, **TOLD)
+    want = model.generate(
+        ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), num_beams=2, **TOLD
+    )
     got = model.generate(ids, attention_mask=mask, num_beams=2, **TOLD)
     assert isinstance(got.past_key_values, RotatedQuantizedCache)
     assert (got.sequences == want.sequences).float().mean() > 0.97
@@ -132,8 +136,10 @@ def test_a_rotated_cache_says_what_it_lacks() -> None:
     with pytest.raises(BadInput, match="did not say at which positions"):
         model(tokens(1, 40), past_key_values=RotatedQuantizedCache(model.config), use_cache=True)
     announce_inputs(model)
-    with pytest.raises(BadInput, match=r"transformer.h.0: is not given cos and sin"):
-        model(tokens(1, 40), past_key_values=RotatedQuantizedCache(model.config), use_cache=True)
+    with pytest.raises(BadInput, match=r"transformer.h.1: is not given cos and sin"):
+        _Announce(1, "transformer.h.1")(
+            model, (torch.ones(1, 1, 4),), {"past_key_values": RotatedQuantizedCache(model.config)}
+        )
     with pytest.raises(BadInput, match="no attention that knows its layer"):
         announce_inputs(torch.nn.Linear(2, 2))
     with pytest.raises(BadInput, match="floats need no rotation"):
