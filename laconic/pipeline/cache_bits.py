@@ -90,7 +90,7 @@ def cache_shapes(model: Any) -> list[LayerShape]:
     """Keys and values of every layer that has some, seen in a forward on two tokens; the model may be on meta.
 
     Raises:
-        BadInput: it has no cache, or none that keeps every token.
+        BadInput: it has no cache that is known how to be looked at.
     """
     from transformers import DynamicCache
 
@@ -112,20 +112,20 @@ def cache_shapes(model: Any) -> list[LayerShape]:
         if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4:
             window = getattr(layer, "sliding_window", None)
             shapes.append(LayerShape(k.shape[1], k.shape[3], v.shape[3], k.element_size(), window))
-    if all(shape.window is not None for shape in shapes):
-        raise BadInput(
-            f"{type(model).__name__} has no layer that keeps all keys and values, so nothing grows that could be packed: "
-            "leave kv_cache out of the recipe"
-        )
     return shapes
 
 
 def check_fits(options: CacheOptions, shapes: Sequence[LayerShape], name: str) -> None:
-    """Refuse groups that do not divide what they group, before anything is measured.
+    """Refuse a cache of which nothing would be packed, and groups that do not divide what they group.
 
     Raises:
-        BadInput: with a group that does.
+        BadInput: saying what would fit.
     """
+    if all(shape.window is not None for shape in shapes):
+        raise BadInput(
+            f"{name} has no layer that keeps all keys and values, so nothing grows that could be packed: leave kv_cache out "
+            "of the recipe"
+        )
     for shape in shapes:
         if shape.window is not None or options.group is None:
             continue

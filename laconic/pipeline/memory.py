@@ -54,8 +54,8 @@ class Memory:
     @property
     def candidates(self) -> list[CacheOptions | None]:
         """Caches beside which the smallest weights fit, from most bytes to least."""
-        if not self.shapes:
-            return [None]
+        if all(shape.window is not None for shape in self.shapes):  # nothing that grows, or no cache at all
+            return [None] if self.cache(None) + self.least_weights <= self.bytes else []
         return [o for o in self.fixed or CANDIDATES if self.cache(o) + self.least_weights <= self.bytes]
 
     def cache(self, options: CacheOptions | None) -> int:
@@ -125,7 +125,7 @@ def memory_of(
     if tokens is None:
         raise BadInput(f"a memory ceiling counts the cache, and {ground.source.name} does not say how long: pass --seq")
     found = Memory(ceiling, tokens, batch or 1, shapes, ground.least(), sum(u.nbytes for u in ground.units), fixed)
-    if not found.candidates or found.least_weights > ceiling:
+    if not found.candidates:
         least = min(found.cache(o) for o in fixed or CANDIDATES) if shapes else 0
         beside = f", and a cache of {least:,} for {found.batch} x {tokens:,} tokens" if shapes else ""
         raise Impossible(

@@ -38,6 +38,7 @@ from . import interrupt
 from .budget import Budget
 from .cache_bits import (
     attention_for,
+    cache_refusal,
     cache_shapes,
     calibrated,
     check_fits,
@@ -204,6 +205,8 @@ class Run:
             fixed = () if step is None else (options,)
             self.memory = memory_of(ground, self.budget.memory, self.options.seq, self.options.batch, fixed)
             self.ceiling = self.memory.ceiling(self.ceiling, self.memory.even())
+            if not self.memory.shapes and getattr(ground.model, "can_generate", lambda: False)():
+                self._note(f"memory counts the weights alone: {cache_refusal(ground.model)}")
 
     def find_source(self, model: Any, data: Any, example: Any) -> Source:
         """The model's source; a task named alone brings its own."""

@@ -18,8 +18,9 @@ it is; heads are taken together only as far as G and their number have a common 
 
 `RotatedCache` holds one layer's packed keys and values, 2 + 32 / g bits a number at 2 bits. The pass `RotateKV` fuses
 the rotations, and lets the key and value layers of any model give what that cache would give back: that is a
-simulation, it saves no memory. Use it where a long cache decides the memory; at 4 bits and above plain groups do
-(`QuantizedCache`).
+simulation, it saves no memory. The cache for `generate` is `laconic.nn.rotated_cache`, which rotates what comes to it and
+leaves the weights alone (`pass: kv_cache, method: rotatekv` in a recipe). Use it where a long cache decides the memory; at
+4 bits and above plain groups do (`QuantizedCache`).
 
 Example:
     >>> import torch

@@ -168,7 +168,8 @@ def test_models_without_such_a_cache_are_refused(llama: Any, tmp_path: Path) -> 
         )
     window = MistralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
     with pytest.raises(BadInput, match="no layer that keeps all"):
-        cache_shapes(build(window))
+        check_fits(CacheOptions(), cache_shapes(build(window)), "x")
+    assert cache_bytes(cache_shapes(build(window)), CacheOptions(), 100) == 2 * 15 * 4 * 2 * 32
     with pytest.raises(BadInput, match="keys of x have 32 numbers, which groups of 24 do not fit"):
         check_fits(CacheOptions(group=24), cache_shapes(build(CONFIGS["llama"])), "x")
     check_fits(CacheOptions(group=64, method="rotatekv"), cache_shapes(build(CONFIGS["llama"])), "x")
