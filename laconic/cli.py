@@ -106,7 +106,7 @@ def command(*names: str, **own: Given) -> Callable[[Callable[..., None]], Callab
 
 # What compress and plan are told about the job, as their functions in the library are.
 JOB = ("model", "data", "task", "columns", "budget", "recipe", "strategy", "max_ram")
-PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
+PLANNED = (*JOB, "batch", "seq", "exclude", "keep", "trust_remote_code", "allow_pickle")
 
 
 @command(

@@ -118,6 +118,8 @@ def plan(
     recipe: Recipe | str | os.PathLike[str] | None = None,
     strategy: str | None = None,
     max_ram: str | int | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -130,14 +132,18 @@ def plan(
     Raises:
         Impossible: the budget is out of reach; the message has the least figure.
     """
-    options = Options(_recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep)
+    options = Options(
+        _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
+    )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
     run = Run(options, parse_budget(budget), lambda stage, done, total: None)
-    run.check_budget(data is not None or task is not None)
+    has_data = data is not None or task is not None
+    run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
     ground = run.ground_on_meta(source)
-    ceiling = check_possible(ground, run.budget)
-    fixed = run.fixed(ground)
+    run.ceiling = check_possible(ground, run.budget)
+    run.plan_cache(ground, has_data)
+    ceiling, fixed = run.ceiling, run.fixed(ground)
     decision = fixed or by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
     return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
 

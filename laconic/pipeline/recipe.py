@@ -18,7 +18,7 @@ from laconic.numerics import Scheme
 
 STAGES: dict[str, Stage] = {
     "fold_batchnorm": "fold", "smoothquant": "rewrite", "awq": "rewrite", "rotate": "rewrite", "quantize": "quantize",
-    "bias_correction": "repair", "norm_tweak": "repair", "fuse_blocks": "export",
+    "bias_correction": "repair", "norm_tweak": "repair", "kv_cache": "cache", "fuse_blocks": "export",
 }  # fmt: skip
 
 Inputs = Literal["auto", "float", "int8", "int8_static"]
@@ -98,6 +98,29 @@ class FuseBlocks(BaseModel):
     action: Literal["fuse_blocks"] = Field("fuse_blocks", alias="pass")
 
 
+class KVCache(BaseModel):
+    """Let `generate` pack its keys and values; both bits null: floats, as ever.
+
+    `group` are the numbers that share a scale, null a whole head. `key_axis` null is "channel" at 2 bits. The method
+    rotatekv rotates them first and sorts the channels of keys, for models with rotary positions; it needs data.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["kv_cache"] = Field("kv_cache", alias="pass")
+    method: Literal["plain", "rotatekv"] = "plain"
+    key_bits: Literal[8, 4, 2] | None = 4
+    value_bits: Literal[8, 4, 2] | None = 4
+    group: int | None = Field(None, ge=1)
+    residual: int = Field(32, ge=0)
+    key_axis: Literal["token", "channel"] | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> KVCache:
+        if (self.key_bits is None) != (self.value_bits is None):
+            raise ValueError("keys and values are both packed, or neither: give both bits, or null for both")
+        return self
+
+
 class Quantize(BaseModel):
     """Pack parameters. `units`, where given, fixes every scheme (null: left as it is); else bits are allocated.
 
@@ -152,7 +175,7 @@ class Quantize(BaseModel):
 
 
 Rewrite = SmoothQuant | AWQ | Rotate
-Step = FoldBatchNorm | SmoothQuant | AWQ | Rotate | Quantize | BiasCorrection | NormTweak | FuseBlocks
+Step = FoldBatchNorm | SmoothQuant | AWQ | Rotate | Quantize | BiasCorrection | NormTweak | KVCache | FuseBlocks
 Pass = Annotated[Step, Field(discriminator="action")]
 
 
@@ -200,6 +223,15 @@ class Recipe(BaseModel):
     def quantize(self) -> Quantize | None:
         """How parameters are packed, or None."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
+
+    @property
+    def kv_cache(self) -> KVCache | None:
+        """How keys and values are packed, or None where the recipe does not say."""
+        return next((step for step in self.passes if isinstance(step, KVCache)), None)
+
+    def with_cache(self, step: KVCache) -> Recipe:
+        """The same recipe with this cache, before what is done for export."""
+        return Recipe(passes=[p for p in self.passes if not isinstance(p, KVCache)]).with_passes(step)
 
     def with_units(
         self, decision: dict[str, Scheme | None], method: str, dropped: Collection[str] = (), inputs: Inputs = "float"

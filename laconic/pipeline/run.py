@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from laconic.core import passes
 from laconic.core.checkpoint import write_whole
-from laconic.core.record import FOLD, PACK, Record
+from laconic.core.record import CACHE, FOLD, PACK, Record
 from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
 from laconic.errors import BadInput, Impossible, LaconicError
 from laconic.kernels import native
 from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, static_scale
 from laconic.nn import storage_names
+from laconic.nn.default_cache import CacheOptions
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
 from laconic.quant import NormTweak, no_fast_products
@@ -36,11 +37,23 @@ from laconic.tasks import compare as compare_evaluations
 
 from . import interrupt
 from .budget import Budget
+from .cache_bits import (
+    attention_for,
+    cache_refusal,
+    cache_shapes,
+    calibrated,
+    check_fits,
+    measured,
+    options_of,
+    step_of,
+    token_bytes,
+)
 from .decide import fisher, offered, option_costs
 from .explain import explain
 from .ledger import coverage, ledger
 from .look import SEEN, look, tokenizer_of
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
+from .memory import Memory, memory_of
 from .observe import (
     arguments,
     batches_of,
@@ -159,6 +172,8 @@ class Run:
         self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
         self._structures: dict[Any, Structure] = {}
+        self.memory: Memory | None = None
+        self.cache: CacheOptions | None = None
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -172,6 +187,7 @@ class Run:
             if streamed and meta.folded:  # folding needs the values of whole layers
                 meta = self._ground(source, source.skeleton())
             self.ceiling = check_possible(meta, self.budget)
+            self.plan_cache(meta, data is not None)
             self.fixed(meta)
             if data is not None:
                 o = self.options
@@ -199,10 +215,26 @@ class Run:
             raise BadInput("a latency is measured on data: pass --data or --task, or leave latency out of the budget")
         if self.budget.latency and torch.device(self.options.device).type != "cpu":
             raise BadInput("a latency ceiling is held on the CPU so far: leave --device or latency out")
-        if self.budget.memory:
-            raise BadInput("memory is measured and reported, not yet a ceiling: leave it out, or bound the size")
         if self.budget.drop is not None and not has_data:
             raise BadInput("a drop can only be held on data: pass --data or --task, or leave drop out of the budget")
+
+    def plan_cache(self, ground: Ground, has_data: bool) -> None:
+        """Refuse a cache that the model cannot have, and leave it its part of a memory ceiling."""
+        step = self.recipe.kv_cache
+        options = options_of(step)
+        if options is not None:
+            check_fits(options, cache_shapes(ground.model), ground.source.name)
+            if options.method == "rotatekv" and (not has_data or self.options.max_ram is not None):
+                raise BadInput(
+                    "kv_cache: rotatekv orders channels by running the float model on data: pass --data or --task and "
+                    "leave --max-ram out, or take method: plain"
+                )
+        if self.budget.memory:
+            fixed = () if step is None else (options,)
+            self.memory = memory_of(ground, self.budget.memory, self.options.seq, self.options.batch, fixed)
+            self.ceiling = self.memory.ceiling(self.ceiling, self.memory.even())
+            if not self.memory.shapes and getattr(ground.model, "can_generate", lambda: False)():
+                self._note(f"memory counts the weights alone: {cache_refusal(ground.model)}")
 
     def find_source(self, model: Any, data: Any, example: Any) -> Source:
         """The model's source; a task named alone brings its own."""
@@ -329,6 +361,9 @@ class Run:
             raise
 
     def _execute(self) -> Result:
+        if self.recipe.kv_cache is not None or self.memory is not None:
+            with self.stage("cache"):
+                self._settle_cache()
         self.said = list(self.notes)  # before any recipe was tried
         found = self._attempt(self.recipe)
         if self._searches(found):
@@ -341,6 +376,8 @@ class Run:
         ground, decision, method = self.ground, found.decision, found.method
         records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + found.packed
         records += self._fuse(records)
+        if self.cache is not None:
+            records.append(Record(CACHE, "", {"cache": self.cache.to_json()}))
         with self.stage("write"):
             self._write(decision, records, method)
         return self._verify(decision, records, coverage(ground, decision), method)
@@ -422,6 +459,31 @@ class Run:
         if self.ceiling is None and self.budget.drop is not None and one.drop <= self.budget.drop:
             return 0.0, one.size
         return one.drop if self.ceiling is not None else 1.0, one.drop
+
+    def _settle_cache(self) -> None:
+        """The cache of keys and values: as the recipe says, or as a memory ceiling needs it, measured on the float model."""
+        ground = self.ground
+        if self.memory is not None:
+            if self.recipe.kv_cache is None and self.memory.shapes:
+                task = None if ground.streamed else self.task
+                report = lambda d, t: self.progress("cache", d, t)  # noqa: E731
+                chosen = self.memory.choose(ground.model, task, self.budget.drop, self._float_on_select, report)
+                self.recipe = self.recipe.with_cache(step_of(chosen))
+            chosen = options_of(self.recipe.kv_cache)
+            self.ceiling = self.memory.ceiling(self.budget.ceiling(ground.source.size_before), chosen)
+        options = options_of(self.recipe.kv_cache)
+        if options is not None:
+            attention = attention_for(ground.model)
+            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8) if options.method != "plain" else []
+            self.cache = replace(calibrated(options, ground.model, batches), attention=attention)
+            shapes = cache_shapes(ground.model)
+            before, after = token_bytes(shapes, None), token_bytes(shapes, options)
+            self._note(f"generate keeps keys and values in {options.name}: {after:,.0f} bytes a token, not {before:,.0f}")
+
+    def _float_on_select(self) -> Evaluation:
+        self._select_float()
+        assert self._select_before is not None
+        return self._select_before
 
     def rewrite(self) -> None:
         """Change the float model as the recipe says, which leaves what it computes, and remember how."""
@@ -901,7 +963,7 @@ class Run:
             if self.task is not None and "verify" in self.task.splits and self._fits_packed():
                 into = None if ground.source.kind == "transformers" else ground.source.skeleton()
                 packed = load(workspace.partial, into=into, device=self.options.device)
-                after = self.task.evaluate(packed, "verify", lambda d, t: self.progress("verify", d, t))
+                after = self._packed_on_verify(packed)
                 if self.before is not None:
                     found = compare_evaluations(self.before, after, self.task.metric, self.options.seed)
                     name = f"{self.name}, verified, {ground.source.size_before / self.size_after:.2f}x"
@@ -915,6 +977,17 @@ class Run:
         interrupt.check()
         out = workspace.finish()
         return Result(out, record, record["verdict"]["exit_code"])
+
+    def _packed_on_verify(self, packed: nn.Module) -> Evaluation:
+        """The packed model on the verify split, through its cache where it packs one."""
+        assert self.task is not None
+        report = lambda d, t: self.progress("verify", d, t)  # noqa: E731
+        if self.cache is not None:
+            try:
+                return measured(packed, self.task, "verify", self.cache, progress=report)
+            except BadInput as error:
+                self._note(f"quality was measured without the cache: {error}")
+        return self.task.evaluate(packed, "verify", report)
 
     def _fits_packed(self) -> bool:
         bound = self.options.max_ram
