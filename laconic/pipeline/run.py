@@ -36,6 +36,7 @@ from laconic.tasks import compare as compare_evaluations
 from . import interrupt
 from .budget import Budget
 from .decide import fisher, option_costs
+from .distribute import Team, follow
 from .explain import explain
 from .ledger import coverage, ledger
 from .look import SEEN, look, tokenizer_of
@@ -131,6 +132,7 @@ class Run:
         self._costs: dict[str, list[float]] | None = None
         self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
+        self.team = Team()
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -273,6 +275,8 @@ class Run:
         self.workspace = workspace
         if self.options.max_ram is not None:
             tight_heap()
+        if not self.budget.latency:  # else when there is work: their coming would disturb what is timed
+            self.team.begin()
         try:
             with no_fast_products() if self.options.max_ram is not None else nullcontext():
                 return self._execute()
@@ -293,6 +297,9 @@ class Run:
                 torch.get_num_threads(), self.options.batch, self.options.seq, ground.streamed, self.options.device,
                 self.options.max_ram is None,
             )  # fmt: skip
+        if self.team.rank:
+            ended = follow(self, digests)
+            return Result(Path(ended["out"]), ended["record"], ended["exit_code"])
         decision, method = self._decide()
         share = coverage(ground, decision)
         if share < self.options.min_coverage:
@@ -538,11 +545,25 @@ class Run:
 
     def _solve(self, decision: Choice, method: str, digests: dict[str, str]) -> list[Record]:
         with self.stage("solve"):
-            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
-            records = solve(self._job(decision, method, digests, batches, "solve"))
+            self._tell_team(decision, method, digests)
+            records = self.solve_share(decision, method, digests)
         with self.stage("repair"):
             self._repair(decision, method, records)
         return records
+
+    def solve_share(self, decision: Choice, method: str, digests: dict[str, str]) -> list[Record]:
+        """Solve a decision together with the other processes of the run, if there are any."""
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        return solve(self._job(decision, method, digests, batches, "solve"))
+
+    def _tell_team(self, decision: Choice, method: str, digests: dict[str, str]) -> None:
+        """Let the other processes begin on a decision."""
+        size, packed = self.team.size, sum(1 for scheme in decision.values() if scheme is not None)
+        if size > packed:
+            self._note(f"{size} processes shared {packed} parameters: fewer would have done")
+        said = {name: str(scheme) if scheme is not None else None for name, scheme in decision.items()}
+        inputs = {unit.name: unit.inputs for unit in self.ground.units if unit.inputs}
+        self.team.order(self, digests, {"decision": said, "method": method, "inputs": inputs})
 
     def _job(
         self, decision: Choice, method: str, digests: dict[str, str], batches: Sequence[Any], stage: str
@@ -552,7 +573,7 @@ class Run:
         return Solving(
             ground.model, self.task, batches, ground.units, decision, ground.structure, self.workspace, key, digests, method,
             self.options.recipe.correct_biases, lambda done, total, name: self.progress(stage, done, total),
-            ground.source if ground.streamed else None, self.options.max_ram, self.notes,
+            ground.source if ground.streamed else None, self.options.max_ram, self.notes, self.team,
         )  # fmt: skip
 
     def _holds_select(self) -> bool:
@@ -736,7 +757,9 @@ class Run:
         workspace.write_json("report.json", record)
         interrupt.check()
         out = workspace.finish()
-        return Result(out, record, record["verdict"]["exit_code"])
+        result = Result(out, record, record["verdict"]["exit_code"])
+        self.team.end({"out": str(out), "record": record, "exit_code": result.exit_code})
+        return result
 
     def _fits_packed(self) -> bool:
         bound = self.options.max_ram
