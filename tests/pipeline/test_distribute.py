@@ -17,7 +17,6 @@ import torch
 
 from laconic.errors import BadInput
 from laconic.pipeline import distribute
-from laconic.pipeline import run as run_module
 from laconic.pipeline.compress import compress
 from laconic.pipeline.distribute import Shares, Team, balanced, parse_distribute
 
@@ -49,8 +48,7 @@ def jobs(given):
     """Calls of compress, and what else `distributed_script` is told of each."""
     looks = {"model": given.llama, "data": given.data}
     return {
-        # A drop that is missed: biases are judged, and a larger plan is solved after the float values are back.
-        "data": looks | {"budget": "size=7x, drop=0"},
+        "data": looks | {"budget": "drop=0"},
         "none": {"model": given.resnet, "budget": "size=3x"},
         "streamed": looks | {"budget": "size=5x", "max_ram": "64GB"},
         "apart": looks | {"budget": "size=5x"},
@@ -67,8 +65,7 @@ def whole(given, tmp_path_factory):
     def run(name):
         if name not in found:
             with pytest.MonkeyPatch.context() as patch:
-                if name == "streamed":
-                    patch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
+                distributed_script.pretend(name, patch)
                 found[name] = compress(**jobs(given)[name], out=at / name)
         return found[name]
 
@@ -113,7 +110,7 @@ def test_the_bytes_of_one_process(name, whole, two):
     methods = {u["method"] for u in alone.record["units"]} - {None}
     assert methods == ({"rtn"} if name == "none" else {"gptq", "rtn"})
     assert any("does not fit under --max-ram" in note for note in alone.record["notes"]) == (name == "streamed")
-    if name == "data":  # a second plan was solved
+    if name == "data":  # a larger plan was solved after the float values were back
         solved = [one for one in alone.record["tried"] if one["name"].startswith("gptq") and one["split"] == "select"]
         assert len({one["size"] for one in solved}) > 1
 
@@ -228,6 +225,25 @@ def test_the_number_must_be_that_of_the_environment(monkeypatch):
     for value in (2, "ray:4"):
         with pytest.raises(BadInput, match="one of 4 processes that were started together"):
             parse_distribute(value)
+
+
+def test_under_torchrun_the_command_asks_for_all_and_one_speaks(given, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compress(model, **options):
+        asked.append(options["distribute"])
+        if model == "nothing":
+            raise BadInput("there is no such model")
+        return types.SimpleNamespace(record={}, exit_code=3)
+
+    monkeypatch.setattr("laconic.pipeline.compress.compress", compress)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run_cli(capsys, "compress", given.llama, "--out", tmp_path / "out") == (3, "", "")
+    assert run_cli(capsys, "compress", "nothing", "--out", tmp_path / "out") == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert run_cli(capsys, "compress", "nothing", "--out", tmp_path / "out")[2] == "laconic: there is no such model\n"
+    assert asked == ["2", "2", "2"]
 
 
 def test_what_cannot_be_sent_is_refused(tmp_path):
