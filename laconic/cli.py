@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,13 +112,14 @@ PLANNED = (*JOB, "batch", "seq", "exclude", "keep", "trust_remote_code", "allow_
 
 @command(
     "out", *JOB, "seed", "resume", "dry_run", "explain", "json_", "quiet", "batch", "seq", "threads", "exclude", "keep", "device",
-    "overwrite", "min_coverage", "trust_remote_code", "allow_pickle",
+    "distribute", "overwrite", "min_coverage", "trust_remote_code", "allow_pickle",
     out=(str, typer.Option(help="folder of the artifact"), REQUIRED),
     resume=(bool, typer.Option("--resume", help="go on where an earlier run stopped"), False),
     dry_run=(bool, typer.Option("--dry-run", help="print the plan and stop"), False),
     explain=(bool, typer.Option("--explain", help="say why each parameter got the bits that it got"), False),
     threads=(int | None, typer.Option(min=1, help="threads of torch"), None),
     device=(str, typer.Option(help="where calibration and measuring run: cpu, or cuda"), "cpu"),
+    distribute=(str | None, typer.Option(help="processes that share the layers, as 4, or ray:4; the bytes stay the same"), None),
     overwrite=(bool, typer.Option("--overwrite", help="replace the folder if it exists"), False),
     min_coverage=(float, typer.Option(min=0, max=1, help="least share of elements to pack"), 0.0),
 )  # fmt: skip
@@ -129,8 +131,12 @@ def compress(*, dry_run: bool, explain: bool, json_: bool, quiet: bool, **given:
     from laconic.pipeline.compress import compress as run
     from laconic.report import explain_lines, json_line, summary_table
 
-    with _stoppable(given["out"]), bars(quiet or json_) as progress:
+    if given["distribute"] is None and "RANK" in os.environ:  # under torchrun
+        given["distribute"] = os.environ.get("WORLD_SIZE")
+    with _stoppable(given["out"]), bars(quiet or json_ or not _is_first()) as progress:
         result = run(**_job(given), progress=progress)
+    if not _is_first():
+        raise typer.Exit(result.exit_code)
     if json_:
         print(json_line(result.record))
     else:
@@ -151,6 +157,11 @@ def plan(*, json_: bool, **given: Any) -> None:
         print(json.dumps(found, default=str))
     else:
         Console().print(plan_table(found))
+
+
+def _is_first() -> bool:
+    """Whether this process speaks: of several that `torchrun` started, the first one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _job(given: dict[str, Any]) -> dict[str, Any]:
@@ -534,7 +545,8 @@ def _stoppable(out: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"laconic: stopped; what is solved is kept in {out}.partial: run again with --resume", file=sys.stderr)
+        if _is_first():
+            print(f"laconic: stopped; what is solved is kept in {out}.partial: run again with --resume", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -563,7 +575,8 @@ def main() -> None:
 
 
 def _say(error: Exception) -> None:
-    print(f"laconic: {error}", file=sys.stderr)
+    if _is_first():
+        print(f"laconic: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

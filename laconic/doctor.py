@@ -49,6 +49,7 @@ OPTIONAL = {
     "pyarrow": ("pyarrow", "data in Parquet files"),
     "onnx": ("onnx", "laconic export --to onnx"),
     "onnxscript": ("onnxscript", "laconic export --to onnx"),
+    "ray": ("ray", "laconic compress --distribute ray:N"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }
 

@@ -21,6 +21,7 @@ from laconic.errors import BadInput
 from laconic.tasks import Task
 
 from .budget import Budget, parse_budget, parse_bytes
+from .distribute import Following, parse_distribute, team_of
 from .interrupt import interruptible
 from .observe import positions
 from .plan import check_possible, plan_record
@@ -58,6 +59,7 @@ def compress(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     example: Any = None,
+    distribute: Any = None,
     progress: Progress | None = None,
 ) -> Result:
     """Compress a model within a budget, write the artifact to `out`, and say what was measured.
@@ -84,13 +86,20 @@ def compress(
         min_coverage: fail if a smaller share of the elements was packed.
         trust_remote_code, allow_pickle: as in `resolve`.
         example: inputs for tracing, for an `nn.Module`.
+        distribute: how many processes share the layers, as 4, or "ray:4" for tasks of a Ray cluster; the bytes are those of
+            one process. In a script, call it under `if __name__ == "__main__":`, as `multiprocessing` asks. Processes that
+            `torchrun` started all make the same call, with their number, and get the same result.
         progress: is called with (stage, done, total).
 
     Raises:
         BadInput: something given cannot be worked with; nothing was written.
         Impossible: the budget is out of reach of the model's shapes; nothing was written.
     """
+    given = {name: value for name, value in locals().items() if name not in ("distribute", "progress")}
+    place = parse_distribute(distribute)
     _check_device(device)
+    if place is not None and device != "cpu":
+        raise BadInput("processes share work on the CPU so far: leave distribute or the device out")
     if threads:
         torch.set_num_threads(threads)
     chosen, search = _recipe(recipe, strategy)
@@ -99,11 +108,12 @@ def compress(
         trust_remote_code, allow_pickle, " ".join(map(shlex.quote, sys.argv)),
     )  # fmt: skip
     run = Run(options, parse_budget(budget), progress or (lambda stage, done, total: None))
-    workspace = Workspace(out, resume=resume, overwrite=overwrite)
-    if data is not None and task is not None:
-        raise BadInput("both data and a task were given: a task brings its own data, so give one of them")
-    _check_apart(workspace.out, model, data)
-    with interruptible():
+    with interruptible(), team_of(place, given) as run.team:
+        first = run.team.rank == 0
+        workspace = Workspace(out, resume=resume, overwrite=overwrite) if first else Following(out, run.team.rank)
+        if data is not None and task is not None:
+            raise BadInput("both data and a task were given: a task brings its own data, so give one of them")
+        _check_apart(workspace.out, model, data)
         run.prepare(model, data if data is not None else task, columns, example)
         return run.execute(workspace)
 

@@ -49,6 +49,7 @@ from .cache_bits import (
     token_bytes,
 )
 from .decide import fisher, offered, option_costs
+from .distribute import Team, follow
 from .explain import explain
 from .ledger import coverage, ledger
 from .look import SEEN, look, tokenizer_of
@@ -174,6 +175,7 @@ class Run:
         self._structures: dict[Any, Structure] = {}
         self.memory: Memory | None = None
         self.cache: CacheOptions | None = None
+        self.team = Team()
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -353,6 +355,8 @@ class Run:
         self.workspace = workspace
         if self.options.max_ram is not None:
             tight_heap()
+        if not self.budget.latency:  # else when there is work: their coming would disturb what is timed
+            self.team.begin()
         try:
             with no_fast_products() if self.options.max_ram is not None else nullcontext():
                 return self._execute()
@@ -361,6 +365,9 @@ class Run:
             raise
 
     def _execute(self) -> Result:
+        if self.team.rank:
+            ended = follow(self)
+            return Result(Path(ended["out"]), ended["record"], ended["exit_code"])
         if self.recipe.kv_cache is not None or self.memory is not None:
             with self.stage("cache"):
                 self._settle_cache()
@@ -386,17 +393,8 @@ class Run:
 
     def _attempt(self, recipe: Recipe, decision: Choice | None = None) -> Attempt:
         """Solve a recipe on a float model: with a decision that was made for it, or after making one."""
-        self.recipe, self.notes, self.dropped = recipe, list(self.said), set()
-        self._costs = self.explained = None
-        self.rewrite()
-        with self.stage("hash"):
-            self.digests = self._digests()
-            self.identity = digest(
-                "run", 3, self.digests, self.budget.text, recipe.model_dump(), self.options.seed,
-                list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
-                torch.get_num_threads(), self.options.batch, self.options.seq, self.ground.streamed, self.options.device,
-                self.options.max_ram is None,
-            )  # fmt: skip
+        self.notes, self.dropped = list(self.said), set()
+        self.take(recipe)
         step = recipe.quantize
         method = step.method if step and self.batches("calibrate", 1) else "rtn"
         self.name = told(recipe) if step is None or method == step.method else method
@@ -410,6 +408,20 @@ class Run:
             )
         self._measure_float(decision)
         return self._solved(decision, method)
+
+    def take(self, recipe: Recipe) -> None:
+        """Have a recipe in hand: the float model rewritten by it, and what its solutions depend on."""
+        self.recipe = recipe
+        self._costs = self.explained = None
+        self.rewrite()
+        with self.stage("hash"):
+            self.digests = self._digests()
+            self.identity = digest(
+                "run", 3, self.digests, self.budget.text, recipe.model_dump(), self.options.seed,
+                list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
+                torch.get_num_threads(), self.options.batch, self.options.seq, self.ground.streamed, self.options.device,
+                self.options.max_ram is None,
+            )  # fmt: skip
 
     def _solved(self, decision: Choice, method: str) -> Attempt:
         """A decision solved on the float model that is in hand."""
@@ -438,7 +450,7 @@ class Run:
         """The recipe that loses least on the select split under the byte ceiling, of those that fit the model."""
         tried = [first]
         for recipe in candidates(first.recipe, self.ground.structure, self.ground.model):
-            self._restore(recipe)
+            self.restore(recipe)
             try:
                 tried.append(self._attempt(recipe))
             except Impossible as error:  # a head of its own, for instance, and no room for it
@@ -450,7 +462,7 @@ class Run:
         if best is tried[-1]:
             self.notes.append(self.said[-1])
             return best
-        self._restore(best.recipe)
+        self.restore(best.recipe)
         return self._attempt(best.recipe, best.decision)
 
     def _rank(self, one: Attempt) -> tuple[float, float]:
@@ -506,7 +518,7 @@ class Run:
         self._structures.clear()
         ground.structure, ground.units, ground.others = fresh.structure, fresh.units, fresh.others
 
-    def _restore(self, recipe: Recipe) -> None:
+    def restore(self, recipe: Recipe) -> None:
         """The float model as it was before any recipe, and what another one may do to it."""
         self.recipe = recipe
         self.ground = self.ground_in_memory(self.ground.source)
@@ -741,12 +753,29 @@ class Run:
                 why = "the float model does not fit under --max-ram" if self.ground.streamed else "it needs data"
                 self._note(f"norm_tweak was left out: {why}")
         with self.stage("solve"):
-            records = solve(self._job(decision, method, self.digests, batches, "solve"))
+            if method not in LEARNED:  # which train a layer on what those before it give: no two at once
+                self._tell_team(decision, method)
+            records = self.solve_share(decision, method)
         with self.stage("repair"):
             self._repair(decision, method, records)
             if teacher is not None:
                 self._tweak(decision, method, teacher, batches)
         return records
+
+    def solve_share(self, decision: Choice, method: str) -> list[Record]:
+        """Solve a decision together with the other processes of the run, if there are any."""
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        return solve(self._job(decision, method, self.digests, batches, "solve"))
+
+    def _tell_team(self, decision: Choice, method: str) -> None:
+        """Let the other processes begin on a decision."""
+        size, packed = self.team.size, sum(1 for scheme in decision.values() if scheme is not None)
+        if size > packed:
+            self._note(f"{size} processes shared {packed} parameters: fewer would have done")
+        said = {name: str(scheme) if scheme is not None else None for name, scheme in decision.items()}
+        inputs = {unit.name: unit.inputs for unit in self.ground.units if unit.inputs}
+        recipe = self.recipe.model_dump(by_alias=True, mode="json")
+        self.team.order(self, {"recipe": recipe, "decision": said, "method": method, "inputs": inputs})
 
     def _job(
         self, decision: Choice, method: str, digests: dict[str, str], batches: Sequence[Any], stage: str
@@ -758,6 +787,7 @@ class Run:
             method, step.steps if step is not None else 0, self.options.seed, self.recipe.correct_biases,
             lambda done, total, name: self.progress(stage, done, total),
             ground.source if ground.streamed else None, self.options.max_ram, self.notes,
+            Team() if method in LEARNED else self.team,
         )  # fmt: skip
 
     def _holds_select(self) -> bool:
@@ -836,7 +866,7 @@ class Run:
     def _reload(self) -> None:
         """Put the float values back into the model, rewritten as they were; options and inputs of units stay."""
         units = {unit.name: unit for unit in self.ground.units}
-        self._restore(self.recipe)
+        self.restore(self.recipe)
         self.rewrite()
         self.ground.units = [units[unit.name] for unit in self.ground.units]
 
@@ -976,7 +1006,9 @@ class Run:
         workspace.write_json("report.json", record)
         interrupt.check()
         out = workspace.finish()
-        return Result(out, record, record["verdict"]["exit_code"])
+        result = Result(out, record, record["verdict"]["exit_code"])
+        self.team.end({"out": str(out), "record": record, "exit_code": result.exit_code})
+        return result
 
     def _packed_on_verify(self, packed: nn.Module) -> Evaluation:
         """The packed model on the verify split, through its cache where it packs one."""

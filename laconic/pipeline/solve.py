@@ -27,6 +27,7 @@ from laconic.nn import matrix_view, pack_tensors, restore_view
 from laconic.numerics import Int, Scheme
 from laconic.quant import Hessian, Matrix, bias_correction, clip_calibrated, solve_calibrated
 
+from .distribute import Elsewhere, Shares, Team
 from .learned import learn, learnable
 from .recipe import LEARNED
 from .residency import InMemory, Streamed
@@ -56,6 +57,7 @@ class Solving:
         correct_biases: whether the biases of solved layers take up the mean of the error.
         max_ram: bytes for everything, or None.
         notes: sentences for the report are added here.
+        team: the processes that share the work.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Solving:
     source: Source | None = None
     max_ram: int | None = None
     notes: list[str] = field(default_factory=list)
+    team: Team = field(default_factory=Team)
 
 
 def solve(job: Solving) -> list[Record]:
@@ -83,9 +86,7 @@ def solve(job: Solving) -> list[Record]:
     state = _State(job, total=len(todo))
     aware = [u for u in todo if job.batches and _looks_at_data(job, u)]
     teacher = copy.deepcopy(job.model) if aware and job.method in LEARNED and job.source is None else None
-    for unit in todo:
-        if unit not in aware:
-            state.round(unit)
+    state.round_all([u for u in todo if u not in aware])
     with torch.no_grad():
         if teacher is not None:
             _learn(job, state, aware, teacher)
@@ -144,12 +145,30 @@ class _State:
         self.job, self.total = job, total
         self.records: dict[str, Record] = {}
         self.chain = ""  # hash over everything solved with data so far: later solutions depend on it
+        self.leaders: dict[str, str] = {}  # what `Shares` learns from stage to stage
 
     def key(self, unit: Unit, method: str) -> str:
         """Name of a unit's solution: everything that its bits depend on."""
         job = self.job
         upstream = (job.base_key, self.chain, _bias(job, unit)) if method != "rounded" else ()
         return digest("unit", 2, unit.name, str(job.decision[unit.name]), method, job.digests[unit.name], *upstream)
+
+    def round_all(self, units: Sequence[Unit]) -> None:
+        """Round units to nearest; of several processes, each does its share."""
+        job, team = self.job, self.job.team
+        if team.size > 1:
+            keys = {self.key(unit, "rounded"): unit for unit in units}
+            missing = team.agree(job.workspace, keys)
+            wanted = [key for key in keys if key in missing]
+            made = dict(zip(wanted, team.deal([keys[key].numel for key in wanted]), strict=True))
+            for key in (key for key, rank in made.items() if rank == team.rank):
+                scheme = job.decision[keys[key].name]
+                assert scheme is not None
+                job.workspace.save(key, round_rows(self._reader(keys[key]), keys[key], scheme))
+            team.share(job.workspace, made)
+            job.workspace.fresh.update(made)
+        for unit in units:
+            self.round(unit)
 
     def round(self, unit: Unit) -> None:
         """Round a unit to nearest, some rows at a time."""
@@ -280,8 +299,7 @@ class Corrected:
 def _walk(job: Solving, state: _State, aware: list[Unit]) -> None:
     """Solve data-aware units of a model in memory stage by stage, in the order of the forward pass."""
     order = call_order(job.model, job.task, first_rows(job.batches[0], 1), [owner(u) for u in aware])
-    for unit in [u for u in aware if owner(u) not in order]:  # not reached on this data: nothing to learn from
-        state.round(unit)
+    state.round_all([u for u in aware if owner(u) not in order])  # not reached on this data: nothing to learn from
     aware = sorted((u for u in aware if owner(u) in order), key=lambda u: order[owner(u)])
     chain = Chain.find(job.model, job.structure, job.task, job.batches, InMemory())
     blocks = job.structure.blocks if isinstance(chain, Chain) else ()
@@ -311,9 +329,7 @@ def _walk_streamed(job: Solving, state: _State, aware: list[Unit]) -> None:
             "--max-ram leaves"
         )
     in_chain = [u for u in aware if any(inside(u, b) for b in blocks) and u not in large]
-    for unit in aware:
-        if unit not in in_chain:
-            state.round(unit)
+    state.round_all([u for u in aware if u not in in_chain])
     if isinstance(found, Chain) and in_chain:
         _walk_chain(job, state, found, in_chain, job.workspace.activations)
 
@@ -329,6 +345,7 @@ def find_streamed_chain(job: Solving, solved: Callable[[str], Packed | Corrected
 
 
 def _walk_chain(job: Solving, state: _State, chain: Chain, units: list[Unit], spill: Path | None) -> None:
+    chain.team = job.team
     chain.start(spill)
     for block in chain.blocks:
         stage = [u for u in units if inside(u, block)]
@@ -341,12 +358,13 @@ def _walk_chain(job: Solving, state: _State, chain: Chain, units: list[Unit], sp
 def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[[Inputs], None]) -> None:
     """Collect statistics for the stage's units and solve them; reuse what an earlier run left."""
     keys = {u.name: state.key(u, job.method) for u in stage}
-    missing = [u for u in stage if job.workspace.read(keys[u.name]) is None]  # also what was torn as it was written
+    missing = job.team.agree(job.workspace, keys.values())  # also what was torn as it was written
     full = {owner(u) for u in stage if job.method in BY_INPUTS}
-    stats: dict[str, Hessian | Columns] = {}
+    stats: dict[str, Hessian | Columns | Elsewhere] = {}
     if missing:
         modules = {owner(u): job.model.get_submodule(owner(u)) for u in stage}
-        inputs = Inputs(modules, full, once=all(job.structure.calls.get(path) == 1 for path in modules))
+        shares = _shares(job, state, stage) if job.team.size > 1 else None
+        inputs = Inputs(modules, full, once=all(job.structure.calls.get(path) == 1 for path in modules), shares=shares)
         look(inputs)
         stats = inputs.result()
         del inputs
@@ -354,19 +372,40 @@ def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[
     for unit in stage:
         found = stats.get(owner(unit))
         groups.setdefault(id(found) if found is not None else -1, []).append(unit)
+    made: dict[str, int] = {}  # by which process
+    unseen, others = [], []
     for units in groups.values():
         shared = stats.get(owner(units[0]))
         for unit in units:
             stats.pop(owner(unit), None)  # each is given up as soon as it is used: they are large
         if shared is None:  # all of them known, or not reached on this data
-            for unit in units:
-                if job.workspace.has(keys[unit.name]):
-                    state.finish([unit], keys, None)
-                else:
-                    state.round(unit)
+            unseen += [u for u in units if keys[u.name] in missing]
+            others += [u for u in units if keys[u.name] not in missing]
+            continue
+        rank = shared.rank if isinstance(shared, Elsewhere) else job.team.rank
+        made |= {keys[u.name]: rank for u in units if keys[u.name] in missing}
+        if isinstance(shared, Elsewhere):
+            others += units
         else:
             state.finish(units, keys, shared)
+    if made:
+        job.team.share(job.workspace, made)
+    for unit in others:
+        state.finish([unit], keys, None)
+    if unseen:
+        state.round_all(unseen)
     state.chain = digest(state.chain, sorted(keys.values()))
+
+
+def _shares(job: Solving, state: _State, stage: list[Unit]) -> Shares:
+    """Who collects what of a stage."""
+    shape: dict[str, tuple[int, int]] = {}
+    for unit in stage:
+        scheme = job.decision[unit.name]
+        assert scheme is not None
+        rows, k = unit.spec(scheme).matrix
+        shape[owner(unit)] = k, shape.get(owner(unit), (k, 0))[1] + rows
+    return Shares(job.team, shape, state.leaders)
 
 
 def _solved(job: Solving, state: _State, name: str) -> Packed | Corrected | None:

@@ -23,6 +23,7 @@ from laconic.core.calls import Stop, capture, first_output, has_tensor
 from laconic.core.structure import Structure
 from laconic.quant import Hessian, attention_weights, fast_products, weighted_hessian
 
+from .distribute import Elsewhere, Shares, Team
 from .residency import Activations, InMemory, Streamed
 
 Residency = InMemory | Streamed
@@ -36,14 +37,15 @@ class Inputs:
         modules: path -> module.
         full: paths whose second moments are wanted; the others get the mean and the mean square of each column alone.
         once: every module runs once in a forward, so a run may end when all have been seen.
+        shares: which process collects what; all of it is this one's where there are no others.
     """
 
-    def __init__(self, modules: Modules, full: set[str], once: bool = False):
-        self.modules, self.full, self.once = modules, full, once
+    def __init__(self, modules: Modules, full: set[str], once: bool = False, shares: Shares | None = None):
+        self.modules, self.full, self.once, self.shares = modules, full, once, shares
         self.tokens: Tensor | None = None  # r (N, T): how much each token of the batch counts; None: all alike
         self._waiting = set(modules)
         self.leader: dict[str, str] = {}
-        self.found: dict[str, Hessian | Columns] = {}
+        self.found: dict[str, Hessian | Columns | Elsewhere] = {}
         self._seen: list[tuple[Tensor, str]] = []
 
     def __enter__(self) -> Inputs:
@@ -84,6 +86,8 @@ class Inputs:
             same = next((p for t, p in self._seen if t is x and (p in self.full) == (path in self.full)), None)
             if path not in self.leader:
                 self.leader[path] = same if same is not None else path
+                if self.shares is not None and same is not None:
+                    self.shares.of(path, same)
             if self.leader[path] != path and self.leader[path] == same:
                 return
             self.leader[path] = path
@@ -91,6 +95,8 @@ class Inputs:
         if path not in self.found:
             self.found[path] = self._new(path, module, x, conv)
         stats = self.found[path]
+        if isinstance(stats, Elsewhere):
+            return
         if conv and isinstance(stats, Hessian):
             stats.add_conv(x if x.dim() == len(module.kernel_size) + 2 else x[None], module)
         elif isinstance(stats, Hessian) and self.tokens is not None and self.tokens.shape == x.shape[:-1]:
@@ -98,12 +104,14 @@ class Inputs:
         else:
             stats.add(x)
 
-    def _new(self, path: str, module: nn.Module, x: Tensor, conv: bool) -> Hessian | Columns:
+    def _new(self, path: str, module: nn.Module, x: Tensor, conv: bool) -> Hessian | Columns | Elsewhere:
+        if self.shares is not None and (rank := self.shares.of(path, path)) != self.shares.team.rank:
+            return Elsewhere(rank)
         if conv:  # the mean of unfolded windows comes with their second moments
             return Hessian.of(module, device=x.device)
         return Hessian(x.shape[-1], device=x.device) if path in self.full else Columns(x.shape[-1], x.device)
 
-    def result(self) -> dict[str, Hessian | Columns]:
+    def result(self) -> dict[str, Hessian | Columns | Elsewhere]:
         """Path -> statistics, shared ones under every path."""
         return {p: self.found[self.leader.get(p, p)] for p in self.modules if self.leader.get(p, p) in self.found}
 
@@ -153,6 +161,7 @@ class Chain:
     def __init__(self, model: nn.Module, task: Any, batches: Sequence[Any], blocks: Sequence[str], constant: bool):
         self.model, self.task, self.batches, self.blocks, self.constant = model, task, batches, blocks, constant
         self.residency: Residency = InMemory()
+        self.team = Team()
         self.hidden = Activations(None)
         self.rest: list[dict[str, tuple[tuple, dict]]] = []
 
@@ -203,17 +212,21 @@ class Chain:
 
     def look(self, block: str, inputs: Inputs, by_attention: bool = False) -> None:
         """Run a block on every batch with hooks in place; with `by_attention` tokens count by the attention they get."""
-        for number in range(len(self.hidden)):
-            with fast_products():
-                inputs.tokens = attention_weights(partial(self._call, block, number)) if by_attention else None
-                with inputs, inputs.batch():
-                    self._call(block, number)
+        weights: list[Tensor | None] = [None] * len(self.hidden)
+        with fast_products():
+            if by_attention:
+                weights = [attention_weights(partial(self._call, block, number)) for number in range(len(weights))]
+            with inputs:
+                for number, inputs.tokens in enumerate(weights):
+                    with inputs.batch():
+                        self._call(block, number)
 
     def advance(self, block: str) -> None:
         """Replace the activations by the block's outputs."""
         with fast_products():
-            for number in range(len(self.hidden)):
+            for number in self.team.mine(len(self.hidden)):
                 self.hidden[number] = first_output(self._call(block, number))
+        self.team.exchange(self.hidden)
 
     @contextmanager
     def block(self, block: str) -> Iterator[None]:

@@ -43,8 +43,7 @@ class Workspace:
     """
 
     def __init__(self, out: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False):
-        self.out = Path(out)
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._place(out)
         if self.out.exists() and not overwrite:
             raise BadInput(f"{self.out} exists; name another folder or pass --overwrite")
         if self.out.exists() and not self.out.is_dir():
@@ -52,9 +51,14 @@ class Workspace:
         if self.out.exists() and any(self.out.iterdir()) and not (self.out / "laconic.json").exists():
             raise BadInput(f"{self.out} is not an artifact of laconic, so it is not overwritten; name another folder")
         self._resume = resume
+
+    def _place(self, out: str | os.PathLike[str]) -> None:
+        self.out = Path(out)
+        self.partial = self.out.with_name(self.out.name + ".partial")
         self.records = self.partial / "records"
         self.activations = self.partial / "activations"
         self.reused = 0
+        self.fresh: set[str] = set()  # keys that this run has solved, here or in another process
 
     def open(self, need: int = 0) -> None:
         """Make the folder, on a disk with room for `need` bytes: from here on something is on disk."""
@@ -86,7 +90,7 @@ class Workspace:
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The tensors that an earlier run solved under a key, or None; they count as reused."""
         found = self.read(key)
-        self.reused += found is not None
+        self.reused += found is not None and key not in self.fresh
         return found
 
     def has(self, key: str) -> bool:
@@ -101,12 +105,13 @@ class Workspace:
         try:
             return load(path.read_bytes())
         except Exception:  # noqa: BLE001 - safetensors raises its own type; a torn record is solved again
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
 
     def save(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep the tensors of a solved unit."""
         write_whole(self.records / f"{key}.safetensors", save({k: v.contiguous() for k, v in tensors.items()}))
+        self.fresh.add(key)
         failpoint("unit")
         interrupt.check()
 
@@ -118,7 +123,8 @@ class Workspace:
     def finish(self) -> Path:
         """Give the complete folder its final name."""
         shutil.rmtree(self.records, ignore_errors=True)
-        shutil.rmtree(self.activations, ignore_errors=True)
+        for folder in self.partial.glob("activations*"):
+            shutil.rmtree(folder, ignore_errors=True)
         if self.out.exists():
             old = self.out.with_name(self.out.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
