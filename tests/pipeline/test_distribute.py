@@ -51,7 +51,6 @@ def jobs(given):
         "data": looks | {"budget": "drop=0"},
         "none": {"model": given.resnet, "budget": "size=3x"},
         "streamed": looks | {"budget": "size=5x", "max_ram": "64GB"},
-        "apart": looks | {"budget": "size=5x"},
         "refused": looks | {"budget": "size=5x"},
         "missing": {"model": str(given.at / "nowhere")},
     }
@@ -66,7 +65,7 @@ def whole(given, tmp_path_factory):
         if name not in found:
             with pytest.MonkeyPatch.context() as patch:
                 distributed_script.pretend(name, patch)
-                found[name] = compress(**jobs(given)[name], out=at / name)
+                found[name] = compress(**(jobs(given) | {"plain": jobs(given)["refused"]})[name], out=at / name)
         return found[name]
 
     return run
@@ -100,7 +99,7 @@ def two(given, tmp_path_factory):
     return at, [dict(zip(called, one, strict=True)) for one in said]
 
 
-@pytest.mark.parametrize("name", ["data", "none", "streamed", "apart"])
+@pytest.mark.parametrize("name", ["data", "none", "streamed"])
 def test_the_bytes_of_one_process(name, whole, two):
     at, said = two
     alone = whole(name)
@@ -144,7 +143,7 @@ def test_a_process_that_dies_ends_the_run_which_any_number_resumes(given, whole,
     assert records and not out.exists()
     resumed = compress(given.llama, given.data, "size=5x", out=out, resume=True)
     assert 0 < resumed.units_reused <= len(records)
-    assert files(out) == files(whole("apart").out)
+    assert files(out) == files(whole("plain").out)
     assert not list(out.glob("activations*"))
 
 
