@@ -30,6 +30,12 @@ app = typer.Typer(
 
 REQUIRED = inspect.Parameter.empty
 
+# As in `laconic.pipeline.strategies`, which takes long to import; a test compares them.
+STRATEGIES = (
+    "auto", "search", "rtn", "gptq", "awq", "smoothquant", "rotate", "rsq", "norm_tweak", "adaquant", "genie", "nf4",
+    "uniform", "layer_bits", "hessian_interlayer",
+)  # fmt: skip
+
 # What more than one command takes: the type, how it is shown, and the default.
 Given = tuple[Any, Any, Any]
 SHARED: dict[str, Given] = {
@@ -43,6 +49,11 @@ SHARED: dict[str, Given] = {
     "columns": (str | None, typer.Option(help="which column is what, as text=body,label=topic"), None),
     "budget": (str | None, typer.Option(help='as "size=4x, drop=1"; size=4x by default'), None),
     "recipe": (str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact"), None),
+    "strategy": (
+        str | None,
+        typer.Option(help=f"instead of a recipe, a method by name: {', '.join(STRATEGIES)}"),
+        None,
+    ),
     "max_ram": (str | None, typer.Option(help="bound on peak resident memory, as 8GB"), None),
     "exclude": (list[str] | None, typer.Option(help="parameters that no pass may touch; repeatable"), None),
     "keep": (
@@ -95,8 +106,8 @@ def command(*names: str, **own: Given) -> Callable[[Callable[..., None]], Callab
 
 
 # What compress and plan are told about the job, as their functions in the library are.
-JOB = ("model", "data", "task", "columns", "budget", "recipe", "max_ram")
-PLANNED = (*JOB, "exclude", "keep", "trust_remote_code", "allow_pickle")
+JOB = ("model", "data", "task", "columns", "budget", "recipe", "strategy", "max_ram")
+PLANNED = (*JOB, "batch", "seq", "exclude", "keep", "trust_remote_code", "allow_pickle")
 
 
 @command(

@@ -160,3 +160,20 @@ def test_both_powers_are_norms():
     folded, x = script("folded_norms"), torch.randn(3, 64)
     torch.testing.assert_close(folded.l2_norm(x), torch.nn.functional.layer_norm(x, (64,)))
     torch.testing.assert_close(folded.l1_norm(x).abs().mean(-1), torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_a_long_context_is_read_through_every_cache():
+    from tests.nn.test_kv_cache import CONFIGS, build, tokens
+
+    long = script("long_context")
+    model, ids = build(CONFIGS["llama"]), tokens(1, 192)
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1]
+    want = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    torch.testing.assert_close(long.read(model, ids, long.empty(model, None, 192)), want, rtol=1e-4, atol=1e-4)
+    assert long.perplexities([torch.arange(9.0)], [10]) == [pytest.approx(np.exp(4.0))]
+    arms = {name: long.ARMS[name] for name in ("floats", "2 bits, keys by channel", "2 bits, rotatekv")}
+    rows = long.measure(model, [ids], [{"input_ids": ids}], [96, 192], 2, arms=arms)
+    assert [(row["tokens"], row["arm"]) for row in rows] == [(n, a) for n in (96, 192) for a in (*arms, "transformers, sdpa")]
+    assert rows[0]["ratio"] == 1 and rows[0]["worse_percent"] == 0 and rows[5]["bytes"] < rows[4]["bytes"] / 2
+    assert all(long.line(row) for row in rows) and all("</svg>" in drawn for drawn in long.plots(rows).values())

@@ -17,6 +17,7 @@ from laconic.core.affine import split_affine
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
 from laconic.nn.blocks import fuse_block
+from laconic.nn.default_cache import CacheOptions, use_cache
 
 from ._renormed import renorm
 
@@ -26,7 +27,8 @@ FOLD_AFFINE = "fold_affine"
 FUSE = "fuse"
 REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
 RENORM = "renorm"
-ACTIONS = (PACK, FOLD, FOLD_AFFINE, FUSE, REWRITE, RENORM)
+CACHE = "cache"
+ACTIONS = (PACK, FOLD, FOLD_AFFINE, FUSE, REWRITE, RENORM, CACHE)
 
 
 @dataclass
@@ -36,9 +38,10 @@ class Record:
     Attributes:
         action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it),
             "fold_affine" (a norm went into the layers around it), "fuse" (a transformer block runs as compiled code),
-            "rewrite" (a pass named in `data["pass"]` changed values only) or "renorm" (norms were taken apart into the
-            layers around them, `laconic.core.renorm`).
-        path: of the parameter, of the layer that took the norm in, of the norm, of the block, or of what was rewritten.
+            "rewrite" (a pass named in `data["pass"]` changed values only), "renorm" (norms were taken apart into the
+            layers around them, `laconic.core.renorm`) or "cache" (`generate` packs its keys and values).
+        path: of the parameter, of the layer that took the norm in, of the norm, of the block, or of what was rewritten;
+            "" for the model.
         data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold, `layers` and `becomes` of a norm that
             is folded; `method`, `loss` and whatever the pass wants to say.
         tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
@@ -67,6 +70,8 @@ class Record:
                 raise ValueError(f"action {record.action!r} is not known to this laconic")
             if record.action == PACK:
                 PackedParameterSpec.from_json(rest["spec"])
+            elif record.action == CACHE:
+                CacheOptions.from_json(rest["cache"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"laconic.json holds a record that does not parse: {error}") from error
         return record
@@ -96,6 +101,8 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
                 fuse_block(model.get_submodule(record.path))
             elif record.action == RENORM:
                 renorm(model, record.data, record.tensors)
+            elif record.action == CACHE:
+                use_cache(model, CacheOptions.from_json(record.data["cache"]))
         except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
         changed.append(record.path)

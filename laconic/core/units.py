@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,7 @@ def find_units(
     keep: Sequence[str] = (),
     exclude: Sequence[str] = (),
     bits: Sequence[int] = BITS,
+    offer: Callable[[Unit, Sequence[int]], list[Scheme]] | None = None,
 ) -> list[Unit]:
     """Every parameter as a unit, in the model's order.
 
@@ -98,11 +99,12 @@ def find_units(
         keep: patterns of parameters that stay float.
         exclude: patterns that no pass may touch.
         bits: widths to offer.
+        offer: what a unit may be stored as at some widths; `schemes_for` by default.
 
     Raises:
         BadInput: a pattern matches no parameter.
     """
-    units = [_unit(model, info, bits) for info in structure.parameters.values()]
+    units = [_unit(model, info, bits, offer or schemes_for) for info in structure.parameters.values()]
     for flag, patterns in (("--keep", keep), ("--exclude", exclude)):
         for pattern in patterns:
             hit = [u for u in units if any(matches(pattern, name) for name in u.names)]
@@ -118,7 +120,9 @@ def matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _unit(model: nn.Module, info: ParameterInfo, bits: Sequence[int]) -> Unit:
+def _unit(
+    model: nn.Module, info: ParameterInfo, bits: Sequence[int], offer: Callable[[Unit, Sequence[int]], list[Scheme]]
+) -> Unit:
     path, _, attribute = info.name.rpartition(".")
     module = model.get_submodule(path)
     op = op_of(module, attribute)
@@ -131,7 +135,9 @@ def _unit(model: nn.Module, info: ParameterInfo, bits: Sequence[int]) -> Unit:
         view = "rows"
     unit = Unit(info.name, info.names, info.shape, info.dtype, op, view, info.calls, _reason(info, module))
     if not unit.reason:
-        unit.options = schemes_for(unit, bits)
+        unit.options = offer(unit, bits)
+        if not unit.options:
+            unit.reason = "nothing that is offered would make it smaller"
     return unit
 
 

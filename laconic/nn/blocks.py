@@ -203,8 +203,11 @@ class FusedBlock(nn.Module):
             return None
         if self._family.rotary and not prepared.fits_rotary(kwargs.get("position_embeddings")):
             return None
-        if not self._family.causal and kwargs.get("past_key_values") is not None:
+        cache = kwargs.get("past_key_values")
+        if not self._family.causal and cache is not None:
             return None
+        if getattr(cache, "reads_packed", None) is not None and cache.reads_packed(x.shape[1]):
+            return None  # the compiled block attends to floats, the block's own forward to the packed cache
         return prepared
 
 

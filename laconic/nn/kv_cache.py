@@ -127,21 +127,21 @@ class QuantizedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._k, self._v = key_states.detach()[:, :, :0].clone(), value_states.detach()[:, :, :0].clone()
         if self.key_bits is not None and self.value_bits is not None:
-            made = []
-            for what, x, bits, axis in (
-                ("keys", key_states, self.key_bits, self.key_axis), ("values", value_states, self.value_bits, "token"),
-            ):  # fmt: skip
-                dim = x.shape[-1]
-                group = dim if self.group is None else self.group
-                if dim % group or (group != dim and group % _ops.GROUP):
-                    raise BadInput(
-                        f"{self.name}: {what} have {dim} numbers a head, which groups of {group} do not fit; take a "
-                        f"divisor of {dim} that is a multiple of {_ops.GROUP}, or leave the group out"
-                    )
-                made.append(_Packed(x.detach(), bits, group, axis, self.scale_dtype))
-            self._keys, self._values = made
+            self._keys = self._store("keys", key_states, self.key_bits, self.key_axis)
+            self._values = self._store("values", value_states, self.value_bits, "token")
         self._reserve(self.capacity)
         self.is_initialized = True
+
+    def _store(self, what: str, x: Tensor, bits: int, axis: Axis) -> _Packed:
+        """Where keys or values like x are packed."""
+        dim = x.shape[-1]
+        group = dim if self.group is None else self.group
+        if dim % group or (group != dim and group % _ops.GROUP):
+            raise BadInput(
+                f"{self.name}: {what} have {dim} numbers a head, which groups of {group} do not fit; take a "
+                f"divisor of {dim} that is a multiple of {_ops.GROUP}, or leave the group out"
+            )
+        return _Packed(x.detach(), bits, group, axis, self.scale_dtype)
 
     # --- adding tokens ----------------------------------------------------------------------------------------------
 
@@ -178,12 +178,17 @@ class QuantizedLayer(CacheLayerMixin):
             k, v = (torch.cat([old[:, :, : self.recent], x], 2) for old, x in ((self._k, k), (self._v, v)))
         assert self._keys is not None and self._values is not None
         self._reserve(self.packed + full)
-        self._keys.append(k[:, :, :full], self.packed)
-        self._values.append(v[:, :, :full], self.packed)
+        self._pack(k[:, :, :full], v[:, :, :full])
         self.packed += full
         self.recent = total - full
         self._reserve_recent(self.recent)
         self._k[:, :, : self.recent], self._v[:, :, : self.recent] = k[:, :, full:], v[:, :, full:]
+
+    def _pack(self, k: Tensor, v: Tensor) -> None:
+        """Pack tokens behind those that are."""
+        assert self._keys is not None and self._values is not None
+        self._keys.append(k, self.packed)
+        self._values.append(v, self.packed)
 
     def _reserve(self, tokens: int) -> None:
         """Room for `tokens` of those that there will be many of: packed ones, or, where none are, floats."""
@@ -217,8 +222,12 @@ class QuantizedLayer(CacheLayerMixin):
         recent = self._k[:, :, : self.recent], self._v[:, :, : self.recent]
         if self._keys is None or self._values is None or not self.packed:
             return recent
-        keys, values = (x.floats(self.packed, self.dtype) for x in (self._keys, self._values))
+        keys, values = self._unpacked(self._keys, self._values)
         return torch.cat([keys, recent[0]], 2), torch.cat([values, recent[1]], 2)
+
+    def _unpacked(self, keys: _Packed, values: _Packed) -> tuple[Tensor, Tensor]:
+        """The packed tokens as floats."""
+        return keys.floats(self.packed, self.dtype), values.floats(self.packed, self.dtype)
 
     def sizes(self) -> tuple[torch.Size, torch.Size]:
         """Shapes of what `states` gives."""
@@ -355,6 +364,10 @@ class QuantizedCache(Cache):
                 self.kept[i] = f"{kind}: does not keep every token, and stays as transformers has it"
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**told))
         super().__init__(layers=layers)
+
+    def reads_packed(self, tokens: int) -> bool:
+        """Whether attention for a step of so many tokens is computed on the packed numbers."""
+        return tokens <= MAX_QUERIES and self.get_seq_length() > 0
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,16 @@ from .hadamard import (
     random_hadamard,
     random_orthogonal,
 )
+from .kv import (
+    KVCodes,
+    grouped_size,
+    kv_codes,
+    kv_round,
+    kv_values,
+    rotate_heads,
+    sink_mask,
+    sink_tokens,
+)
 from .levels import TABLES
 from .nested import Nested, dynamic_map, nest
 from .packing import BASE3, DENSE, Layout, layout_of, pack, pack_codes, unpack, unpack_codes
@@ -62,6 +72,7 @@ __all__ = [
     "Blocks",
     "Element",
     "Int",
+    "KVCodes",
     "Layout",
     "Levels",
     "MiniFloat",
@@ -85,9 +96,13 @@ __all__ = [
     "float_codes",
     "float_values",
     "grouped",
+    "grouped_size",
     "hadamard",
     "hadamard_block",
     "hadamard_matrix",
+    "kv_codes",
+    "kv_round",
+    "kv_values",
     "layout_of",
     "mask_24",
     "mask_blocks",
@@ -102,7 +117,10 @@ __all__ = [
     "quantize_blocks",
     "random_hadamard",
     "random_orthogonal",
+    "rotate_heads",
     "round_float",
+    "sink_mask",
+    "sink_tokens",
     "sparse_from",
     "unpack",
     "unpack_base3",

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from laconic import __version__
-from laconic.core.record import FOLD, PACK, Record, apply_records
+from laconic.core.record import CACHE, FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
 from laconic.numerics import Int, Scheme
@@ -42,7 +42,7 @@ METHOD = "laconic"
 HASHED = (SINGLE, CONFIG, RECIPE, READER, *EXTRAS, "*.py")
 # What `apply_records` needs of a record; losses, methods and timings stay in laconic.json.
 STRUCTURAL = (
-    "action", "path", "spec", "aliases", "norm", "norms", "shapes", "untie", "untied", "layers", "becomes",
+    "action", "path", "spec", "aliases", "norm", "norms", "shapes", "untie", "untied", "layers", "becomes", "cache",
 )  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def records_from_json(rows: Any, file: str | os.PathLike[str]) -> list[Record]:
         raise BadInput(f"{file} holds no list of records: it was changed or cut short, copy it again")
     records = [Record.from_json(row) for row in rows]
     for record in records:
-        named = [record.path]
+        named = [record.path] if record.action != CACHE else []  # which is of the whole model
         if record.action == FOLD:
             named.append(record.data.get("norm"))
         aliases = record.data.get("aliases", [])

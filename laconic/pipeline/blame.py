@@ -98,8 +98,7 @@ def blame(
     run.prepare(model if model is not None else _model(told, data), data, columns, example)
     if run.task is None or "select" not in run.task.splits:
         raise BadInput("blame compares outputs on the select split, which this data has not: give a task or examples")
-    if recipe.smooth is not None:
-        run.smooth(recipe.smooth)
+    run.rewrite()
     with torch.no_grad():
         mixed = _Mixed(run, folder, show)
         found = _culprits(mixed, most)
@@ -268,8 +267,8 @@ class _Mixed:
         assert run.task is not None
         self.task = run.task
         self.measured = 0
-        assert run.options.recipe.quantize is not None
-        named = run.options.recipe.quantize.units or {}
+        assert run.recipe.quantize is not None
+        named = run.recipe.quantize.units or {}
         self.decision = {u.name: Scheme.parse(s) for u in self.ground.packable if (s := named.get(u.name)) is not None}
         self.units = [u for u in self.ground.packable if u.name in self.decision]
         if not self.units:

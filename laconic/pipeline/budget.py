@@ -21,7 +21,7 @@ class Budget:
         size_ratio: how many times smaller than the weight files as given.
         drop: points for a bounded metric, per cent otherwise; positive is worse.
         latency: how many times faster ("2x"), or milliseconds ("5ms"), on a batch of the user's size.
-        memory: bytes of resident memory of the compressed model.
+        memory: bytes that the weights and a decoder's cache of keys and values may take together.
         text: as written.
     """
 

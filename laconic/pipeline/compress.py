@@ -27,6 +27,8 @@ from .observe import positions
 from .plan import check_possible, plan_record
 from .recipe import Recipe, load_recipe
 from .run import CALIBRATION_TOKENS, Options, Progress, Result, Run
+from .strategies import Searching
+from .strategies import strategy as find_strategy
 from .tryout import by_shape
 from .workspace import Workspace
 
@@ -42,6 +44,7 @@ def compress(
     task: str | Task | None = None,
     columns: Mapping[str, str] | None = None,
     recipe: Recipe | str | os.PathLike[str] | None = None,
+    strategy: str | None = None,
     max_ram: str | int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -70,6 +73,8 @@ def compress(
         task: instead of `data`, a task by name or a `Task`.
         columns: which column of the data is what.
         recipe: passes and options; the one that an artifact carries gives that artifact again.
+        strategy: instead of a recipe, a method by name (`laconic.pipeline.strategies`); "auto" by default, which tries
+            other recipes where the drop of the budget is missed, and "search", which always does.
         max_ram: bound on peak resident memory, as "8GB".
         seed: of every random choice.
         resume: go on where an earlier run was stopped.
@@ -97,8 +102,9 @@ def compress(
         raise BadInput("processes share work on the CPU so far: leave distribute or the device out")
     if threads:
         torch.set_num_threads(threads)
+    chosen, search = _recipe(recipe, strategy)
     options = Options(
-        load_recipe(recipe), _ram(max_ram), seed, resume, batch, seq, exclude, keep, device, overwrite, min_coverage,
+        chosen, search, _ram(max_ram), seed, resume, batch, seq, exclude, keep, device, overwrite, min_coverage,
         trust_remote_code, allow_pickle, " ".join(map(shlex.quote, sys.argv)),
     )  # fmt: skip
     run = Run(options, parse_budget(budget), progress or (lambda stage, done, total: None))
@@ -120,7 +126,10 @@ def plan(
     task: str | Task | None = None,
     columns: Mapping[str, str] | None = None,
     recipe: Recipe | str | os.PathLike[str] | None = None,
+    strategy: str | None = None,
     max_ram: str | int | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -133,16 +142,32 @@ def plan(
     Raises:
         Impossible: the budget is out of reach; the message has the least figure.
     """
-    options = Options(load_recipe(recipe), _ram(max_ram), exclude=exclude, keep=keep)
+    options = Options(
+        _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
+    )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
     run = Run(options, parse_budget(budget), lambda stage, done, total: None)
-    run.check_budget(data is not None or task is not None)
+    has_data = data is not None or task is not None
+    run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
     ground = run.ground_on_meta(source)
-    ceiling = check_possible(ground, run.budget)
-    fixed = run.fixed(ground)
+    run.ceiling = check_possible(ground, run.budget)
+    run.plan_cache(ground, has_data)
+    ceiling, fixed = run.ceiling, run.fixed(ground)
     decision = fixed or by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
     return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
+
+
+def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
+    """The passes, and whether others are tried."""
+    if recipe is not None:
+        if strategy is not None:
+            raise BadInput(
+                "both a recipe and a strategy were given: a strategy is a recipe by name, so give one of them"
+            )
+        return load_recipe(recipe), "never"
+    named = find_strategy(strategy or "auto")
+    return named.recipe, named.search
 
 
 def _ram(value: str | int | None) -> int | None:
@@ -164,4 +189,6 @@ def _check_device(device: str) -> None:
     if not device.startswith("cuda"):
         raise BadInput(f"device {device!r} is not known: cpu or cuda")
     if not torch.cuda.is_available():
-        raise BadInput(f"device {device!r} was asked for, and torch sees no GPU here: leave --device out to use the CPU")
+        raise BadInput(
+            f"device {device!r} was asked for, and torch sees no GPU here: leave --device out to use the CPU"
+        )

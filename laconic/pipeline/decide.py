@@ -21,15 +21,32 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.allocate import allocate
-from laconic.core.units import Unit
+from laconic.core.units import Unit, schemes_for
 from laconic.nn import matrix_view
 from laconic.numerics import ScaleOutOfRange, Scheme, affine_params, dequantize, quantize
+
+from . import learned
+from .recipe import LEARNED, Quantize
 
 Progress = Callable[[int, int], None]
 SAMPLE = 1 << 20  # elements of a unit whose rounding error is measured; larger units are sampled by whole rows
 # Sensitivities are estimates, good to some percent: closer to the optimum of their sum than this buys nothing, and a
 # network of many alike layers would hold the search for minutes.
 GAP, NODES = 1e-3, 1000
+
+
+def offered(step: Quantize) -> Callable[[Unit, Sequence[int]], list[Scheme]] | None:
+    """What a quantize pass lets a unit be stored as, in order of falling size; None: `units.schemes_for` says."""
+    if step.schemes is not None:
+        schemes = [Scheme.parse(text) for text in step.schemes]
+        return lambda unit, bits: sorted(
+            (s for s in schemes if unit.stored(s) < unit.nbytes), key=unit.stored, reverse=True
+        )
+    if step.method in LEARNED:
+        return lambda unit, bits: (
+            learned.schemes_for(unit, bits) if learned.learnable(unit) else schemes_for(unit, bits)
+        )
+    return None
 
 
 def fisher(

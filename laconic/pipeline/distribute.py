@@ -71,6 +71,7 @@ from laconic.numerics import Scheme
 
 from . import interrupt
 from .measure import machine
+from .recipe import Recipe
 from .tensorfile import bytes_of
 from .workspace import Workspace, digest, failpoint
 
@@ -253,7 +254,7 @@ class Team:
     def exchange(self, tensors: Any) -> None:
         """Complete a sequence of tensors of which each process has set its own (`mine`)."""
 
-    def order(self, run: Run, digests: Mapping[str, str], job: Mapping[str, Any]) -> None:
+    def order(self, run: Run, job: Mapping[str, Any]) -> None:
         """Let the other processes solve with this one what `job` says."""
 
     def end(self, result: Mapping[str, Any]) -> None:
@@ -325,10 +326,10 @@ class Several(Team):
             parcels.append((i % self.size, count, lambda i=i: bytes_of(held[i]), keep))
         self._send(parcels)
 
-    def order(self, run: Run, digests: Mapping[str, str], job: Mapping[str, Any]) -> None:
+    def order(self, run: Run, job: Mapping[str, Any]) -> None:
         sign = run.workspace.records / f"together-{secrets.token_hex(8)}"
         sign.touch()
-        said = {"job": job, "likeness": likeness(run, digests), "sign": str(sign.absolute())}
+        said = {"job": job, "likeness": likeness(run), "sign": str(sign.absolute())}
         self.gather(said)
         heard = self.gather({"shared": True, "cpu": machine()["cpu"]})
         self.shared = all(one["shared"] for one in heard)
@@ -753,19 +754,19 @@ class Following(Workspace):
         shutil.rmtree(self._own, ignore_errors=True)
 
 
-def likeness(run: Run, digests: Mapping[str, str]) -> dict[str, str]:
+def likeness(run: Run) -> dict[str, str]:
     """What must be alike in all processes."""
     return {
         "the version of torch": torch.__version__,
         "the number of threads (--threads, OMP_NUM_THREADS)": str(torch.get_num_threads()),
         "whether native kernels are there": str(native.load() is not None),
         "whether the model fits under --max-ram": str(not run.ground.streamed),
-        "the weights": digest(digests),
+        "the weights": digest(run.digests),
         "the options or the data": run.identity,
     }
 
 
-def follow(run: Run, digests: dict[str, str]) -> dict[str, Any]:
+def follow(run: Run) -> dict[str, Any]:
     """Solve what the first process orders, until it is done; gives what it ended with.
 
     Raises:
@@ -773,25 +774,28 @@ def follow(run: Run, digests: dict[str, str]) -> dict[str, Any]:
     """
     workspace, team = run.workspace, run.team
     assert isinstance(workspace, Following) and isinstance(team, Several)
-    mine, solved = likeness(run, digests), False
+    solved = False
     try:
         while True:
             said = team.gather()[0]
             if "end" in said:
                 return said["end"]
+            job = said["job"]
+            recipe = Recipe.model_validate(job["recipe"])
+            if solved:  # the values are rounded ones by now
+                run._restore(recipe)
+            run.take_up(recipe)
+            mine = likeness(run)
             if differs := [name for name, value in said["likeness"].items() if mine[name] != value]:
                 raise BadInput(f"{differs[0]} differs from that of the first process ({_both(said, mine, differs[0])})")
             sign = Path(said["sign"])
             heard = team.gather({"shared": sign.exists(), "cpu": machine()["cpu"]})
             team.shared = all(one["shared"] for one in heard)
             workspace.settle(sign.parent, team.shared)
-            if solved:
-                run._reload()
-            job = said["job"]
             for unit in run.ground.units:
                 unit.inputs = job["inputs"].get(unit.name, "")
             decision = {name: Scheme.parse(text) if text else None for name, text in job["decision"].items()}
-            run.solve_share(decision, job["method"], digests)
+            run.solve_share(decision, job["method"])
             solved = True
     finally:
         workspace.leave()

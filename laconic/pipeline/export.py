@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from laconic.core.record import FUSE, PACK, REWRITE
+from laconic.core.record import CACHE, FUSE, PACK, REWRITE
 from laconic.errors import BadInput
 from laconic.interop.checkpoints import WRITTEN, checkpoint_of
 from laconic.interop.gguf import Written, export_gguf
@@ -163,7 +163,7 @@ def _refuse_rewritten(opened: Opened, to: str) -> None:
     if opened.folder is None or not (opened.folder / MANIFEST).is_file():
         return
     for record in read_manifest(opened.folder).records:
-        if record.action not in (PACK, FUSE, REWRITE):
+        if record.action not in (PACK, FUSE, REWRITE, CACHE):
             raise BadInput(
                 f"{opened.name}: {record.path} was rewritten ({record.action}), and a model for {to} has the layers that "
                 "its config.json names: export to onnx or torch, or compress without that pass"

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from laconic.core.record import FOLD, FOLD_AFFINE, FUSE, PACK, RENORM, Record, apply_records
+from laconic.core.record import CACHE, FOLD, FOLD_AFFINE, FUSE, PACK, RENORM, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
 from laconic.pipeline.artifact import METHOD, VERSION, check_filled, quantization_config, records_from_json
@@ -128,8 +128,8 @@ def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None 
     """
     records = list(records)
     before = [record for record in records if record.action in (FOLD, FOLD_AFFINE, RENORM)]
-    fused = [record for record in records if record.action == FUSE]
-    config = LaconicConfig(**quantization_config(model, [*before, *_pack_records(model), *fused]))
+    after = [record for record in records if record.action in (FUSE, CACHE)]
+    config = LaconicConfig(**quantization_config(model, [*before, *_pack_records(model), *after]))
     if quantizer is None:
         quantizer = LaconicQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
@@ -153,6 +153,9 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
     """
     fitted = []
     for record in records:
+        if record.action == CACHE:
+            fitted += [record] if model.can_generate() else []
+            continue
         if record.action in (FOLD_AFFINE, RENORM):
             fitted += _fit_norms(model, record)
             continue

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.core.calls import capture
 from laconic.core.units import Unit
 from laconic.errors import BadInput
 from laconic.kernels.inputs import round_inputs
@@ -43,6 +44,12 @@ def batches_of(
     return kept
 
 
+def arguments(model: nn.Module, task: Any, batch: Any) -> tuple[tuple, dict]:
+    """What a task calls the model with, for a batch."""
+    seen, _ = capture(model, lambda: task.forward(model, batch), [""], first="")
+    return seen[""]
+
+
 def data_digest(batches: Iterable[Any]) -> str:
     """Hash of the inputs that a result depends on."""
     parts = []
@@ -72,6 +79,9 @@ def histograms(model: nn.Module, task: Any, units: Iterable[Unit], batches: Sequ
 def histogram(x: Tensor, bins: int = 48) -> dict[str, Any]:
     """Counts over the range of a tensor, and how far its largest magnitude stands out of the mean square."""
     flat = x.detach().float().reshape(-1)
+    flat = flat[torch.isfinite(flat)]  # what overflowed is in no bin
+    if flat.numel() == 0:
+        flat = torch.zeros(1)
     if flat.numel() > 1 << 18:
         flat = flat[:: flat.numel() >> 18]
     low, high = float(flat.min()), float(flat.max())

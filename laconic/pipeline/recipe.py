@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from laconic.core.passes import STAGES as ORDER
 from laconic.core.passes import Stage, misplaced
 from laconic.core.units import BITS
 from laconic.errors import BadInput
 from laconic.numerics import Scheme
 
 STAGES: dict[str, Stage] = {
-    "fold_batchnorm": "fold", "smoothquant": "rewrite", "quantize": "quantize", "bias_correction": "repair",
-    "fuse_blocks": "export",
+    "fold_batchnorm": "fold", "smoothquant": "rewrite", "awq": "rewrite", "rotate": "rewrite", "quantize": "quantize",
+    "bias_correction": "repair", "norm_tweak": "repair", "kv_cache": "cache", "fuse_blocks": "export",
 }  # fmt: skip
 
 Inputs = Literal["auto", "float", "int8", "int8_static"]
+Method = Literal["gptq", "rtn", "awq", "rsq", "adaquant", "genie"]
+LEARNED: tuple[Method, ...] = ("adaquant", "genie")  # methods that train how weights round, layer by layer
 
 
 class FoldBatchNorm(BaseModel):
@@ -37,6 +41,49 @@ class SmoothQuant(BaseModel):
     alpha: float = Field(0.5, ge=0, le=1)
 
 
+class AWQ(BaseModel):
+    """Scale up the weight columns that meet large activations, and take that back in the norm before. Needs data.
+
+    `scheme` is what the search for the scales rounds by.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["awq"] = Field("awq", alias="pass")
+    scheme: str = "v1/int4/group128/float16/minmax/zint/nearest"
+    grid: int = Field(20, ge=1)
+
+    @field_validator("scheme")
+    @classmethod
+    def _parsing(cls, scheme: str) -> str:
+        return str(Scheme.parse(scheme))
+
+
+class Rotate(BaseModel):
+    """Turn residual streams and values by orthogonal matrices, which spreads outliers and changes nothing else.
+
+    `heads` and `ffn` turn inputs of layers as they come, which costs time in every forward.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["rotate"] = Field("rotate", alias="pass")
+    kind: Literal["hadamard", "orthogonal"] = "hadamard"
+    stream: bool = True
+    value: bool = True
+    heads: bool = False
+    ffn: bool = False
+
+
+class NormTweak(BaseModel):
+    """Train the norms of each block until its channels have the statistics that they had. Needs data; kept where the
+    select split does not get worse by it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["norm_tweak"] = Field("norm_tweak", alias="pass")
+    lr: float = Field(1e-5, gt=0)
+    lr_scale: float = Field(5.0, ge=0)
+    iters: int = Field(1, ge=1)
+
+
 class BiasCorrection(BaseModel):
     """Let biases take up the mean of what rounding changed; kept where the select split does not get worse by it."""
 
@@ -51,8 +98,37 @@ class FuseBlocks(BaseModel):
     action: Literal["fuse_blocks"] = Field("fuse_blocks", alias="pass")
 
 
+class KVCache(BaseModel):
+    """Let `generate` pack its keys and values; both bits null: floats, as ever.
+
+    `group` are the numbers that share a scale, null a whole head. `key_axis` null is "channel" at 2 bits. The method
+    rotatekv rotates them first and sorts the channels of keys, for models with rotary positions; it needs data.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    action: Literal["kv_cache"] = Field("kv_cache", alias="pass")
+    method: Literal["plain", "rotatekv"] = "plain"
+    key_bits: Literal[8, 4, 2] | None = 4
+    value_bits: Literal[8, 4, 2] | None = 4
+    group: int | None = Field(None, ge=1)
+    residual: int = Field(32, ge=0)
+    key_axis: Literal["token", "channel"] | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> KVCache:
+        if (self.key_bits is None) != (self.value_bits is None):
+            raise ValueError("keys and values are both packed, or neither: give both bits, or null for both")
+        return self
+
+
 class Quantize(BaseModel):
     """Pack parameters. `units`, where given, fixes every scheme (null: left as it is); else bits are allocated.
+
+    `method` rounds them: `rtn` to nearest; by the second moments of the inputs `gptq`, `rsq` (tokens counted by how much
+    attention they get) and `awq` (ranges clipped); `adaquant` and `genie` train how each layer rounds, for `steps` of
+    Adam. Where there is no data, all of them are `rtn`. `schemes` are offered instead of integers of `bits` bits. `allocate`
+    gives them out: `program` by measured costs under the ceilings, `uniform` the same width to all, `blocks` by the
+    importance of whole blocks, `bisect` along an order of sensitivity, measuring whether the drop holds.
 
     `inputs` says whether packed linear layers round their inputs to 8 bits when they run, which lets them take integer
     products: each token by a scale of its own (int8), or all by one scale that is calibrated before (int8_static, which
@@ -61,8 +137,11 @@ class Quantize(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     action: Literal["quantize"] = Field("quantize", alias="pass")
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Method = "gptq"
     bits: list[int] = list(BITS)
+    schemes: list[str] | None = None
+    allocate: Literal["program", "uniform", "blocks", "bisect"] = "program"
+    steps: int = Field(500, ge=1)
     inputs: Inputs = "auto"
     units: dict[str, str | None] | None = None
 
@@ -73,6 +152,19 @@ class Quantize(BaseModel):
             raise ValueError(f"bits are some of {list(BITS)}")
         return bits
 
+    @field_validator("schemes")
+    @classmethod
+    def _some_schemes(cls, schemes: list[str] | None) -> list[str] | None:
+        if schemes is not None and not schemes:
+            raise ValueError("an empty list of schemes offers nothing: leave it out, or name one")
+        return None if schemes is None else [str(Scheme.parse(text)) for text in schemes]
+
+    @model_validator(mode="after")
+    def _fitting_schemes(self) -> Quantize:
+        if self.schemes is not None and self.method in LEARNED:
+            raise ValueError(f"{self.method} learns integers with a scale for each row: leave schemes out")
+        return self
+
     @field_validator("units")
     @classmethod
     def _parsing_schemes(cls, units: dict[str, str | None] | None) -> dict[str, str | None] | None:
@@ -82,7 +174,8 @@ class Quantize(BaseModel):
         return units
 
 
-Step = FoldBatchNorm | SmoothQuant | Quantize | BiasCorrection | FuseBlocks
+Rewrite = SmoothQuant | AWQ | Rotate
+Step = FoldBatchNorm | SmoothQuant | AWQ | Rotate | Quantize | BiasCorrection | NormTweak | KVCache | FuseBlocks
 Pass = Annotated[Step, Field(discriminator="action")]
 
 
@@ -107,9 +200,14 @@ class Recipe(BaseModel):
         return any(isinstance(step, FoldBatchNorm) for step in self.passes)
 
     @property
-    def smooth(self) -> float | None:
-        """SmoothQuant's alpha, or None."""
-        return next((step.alpha for step in self.passes if isinstance(step, SmoothQuant)), None)
+    def rewrites(self) -> list[Rewrite]:
+        """What changes the float model, and not what it computes, before anything is rounded."""
+        return [step for step in self.passes if isinstance(step, (SmoothQuant, AWQ, Rotate))]
+
+    @property
+    def norm_tweak(self) -> NormTweak | None:
+        """How norms are trained after rounding, or None."""
+        return next((step for step in self.passes if isinstance(step, NormTweak)), None)
 
     @property
     def correct_biases(self) -> bool:
@@ -126,15 +224,29 @@ class Recipe(BaseModel):
         """How parameters are packed, or None."""
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
+    @property
+    def kv_cache(self) -> KVCache | None:
+        """How keys and values are packed, or None where the recipe does not say."""
+        return next((step for step in self.passes if isinstance(step, KVCache)), None)
+
+    def with_cache(self, step: KVCache) -> Recipe:
+        """The same recipe with this cache, before what is done for export."""
+        return Recipe(passes=[p for p in self.passes if not isinstance(p, KVCache)]).with_passes(step)
+
     def with_units(
-        self, decision: dict[str, Scheme | None], method: str, correct_biases: bool = True, inputs: Inputs = "float"
+        self, decision: dict[str, Scheme | None], method: str, dropped: Collection[str] = (), inputs: Inputs = "float"
     ) -> Recipe:
-        """The same recipe with every choice written out, without a bias correction that was not kept."""
+        """The same recipe with every choice written out, without the passes whose work was not kept."""
         step = self.quantize or Quantize()
         units = {name: str(s) if s is not None else None for name, s in decision.items()}
         fixed = step.model_copy(update={"units": units, "method": method, "inputs": inputs})
-        kept = [p for p in self.passes if correct_biases or not isinstance(p, BiasCorrection)]
+        kept = [p for p in self.passes if p.action not in dropped]
         return Recipe(passes=[fixed if isinstance(p, Quantize) else p for p in kept])
+
+    def with_passes(self, *added: Step, **quantize: Any) -> Recipe:
+        """The same recipe with further passes, each at the end of its stage, and other options of `quantize`."""
+        passes = [p.model_copy(update=quantize) if isinstance(p, Quantize) else p for p in self.passes]
+        return Recipe(passes=sorted([*passes, *added], key=lambda p: ORDER.index(STAGES[p.action])))
 
     def to_yaml(self) -> str:
         """The text that `load_recipe` reads."""

@@ -41,8 +41,12 @@ def build_record(
     # On a resumed run the ceiling in milliseconds is that of the float model measured now.
     bound = budget.milliseconds(latency["before"]) if latency and latency["before"] else None
     latency_ok = not budget.latency or (latency is not None and bound is not None and latency["after"] <= bound)
-    met = bool(size_ok and drop_ok and latency_ok)
-    certified = None if budget.drop is None or high is None else bool(size_ok and latency_ok and high <= budget.drop)
+    memory = run.memory.to_json(run.size_after, run.cache) if run.memory is not None else None
+    memory_ok = memory is None or bool(memory["met"])
+    met = bool(size_ok and drop_ok and latency_ok and memory_ok)
+    certified = None if budget.drop is None or high is None else bool(
+        size_ok and latency_ok and memory_ok and high <= budget.drop
+    )
     ratio = ground.source.size_before / run.size_after
     model = ground.model
     return {
@@ -64,7 +68,7 @@ def build_record(
         "budget": {
             "text": budget.text,
             "size": None if run.ceiling is None else {"text": budget.text, "bytes": run.ceiling},
-            "drop": budget.drop, "memory": None,
+            "drop": budget.drop, "memory": memory,
             "latency": None if not budget.latency else {"text": budget.latency, "ms": bound, "met": bool(latency_ok)},
         },
         "before": {
@@ -135,6 +139,10 @@ def _notes(run: Run) -> list[str]:
             "the float model does not fit under --max-ram: weights passed through memory layer by layer, and figures that "
             "need the whole float model are missing"
         )
+    if run.memory is not None:
+        said = run.memory.to_json(run.size_after, run.cache)
+        beside = f" and a cache of {said['cache']:,} for {said['batch']} x {said['tokens']:,} tokens" if said["cache"] else ""
+        notes.append(f"memory: weights of {said['weights']:,} bytes{beside}, of {said['bytes']:,} that were allowed")
     if run.task is None:
         notes.append("no data was given: only data-free methods were used, and no quality is claimed")
     if native.load() is None:

@@ -7,11 +7,12 @@ the float model itself.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +21,59 @@ from torch import Tensor, nn
 
 from laconic.core import passes
 from laconic.core.checkpoint import write_whole
-from laconic.core.record import FOLD, PACK, Record
+from laconic.core.record import CACHE, FOLD, PACK, Record
 from laconic.core.structure import Structure
 from laconic.core.units import find_units, matches
-from laconic.errors import BadInput, LaconicError
+from laconic.errors import BadInput, Impossible, LaconicError
 from laconic.kernels import native
 from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, static_scale
 from laconic.nn import storage_names
+from laconic.nn.default_cache import CacheOptions
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
-from laconic.quant import SmoothQuant, no_fast_products
+from laconic.quant import NormTweak, no_fast_products
 from laconic.tasks import Comparison, Evaluation, Task, load_task, own_model
 from laconic.tasks import compare as compare_evaluations
 
 from . import interrupt
 from .budget import Budget
-from .decide import fisher, option_costs
+from .cache_bits import (
+    attention_for,
+    cache_refusal,
+    cache_shapes,
+    calibrated,
+    check_fits,
+    measured,
+    options_of,
+    step_of,
+    token_bytes,
+)
+from .decide import fisher, offered, option_costs
 from .distribute import Team, follow
 from .explain import explain
 from .ledger import coverage, ledger
 from .look import SEEN, look, tokenizer_of
 from .measure import latency_ms, machine, peak_rss, run_batch, tight_heap, versions
+from .memory import Memory, memory_of
 from .observe import (
+    arguments,
     batches_of,
     data_digest,
     histograms,
     innermost_module,
     input_scales,
-    output_absmax,
     rounded_inputs,
 )
+from .orders import bisected, by_blocks, sensitivity_order, uniform
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
-from .recipe import Inputs, Recipe
+from .recipe import LEARNED, Inputs, Recipe
+from .rewrite import Sight, rewrite
+from .search import candidates, told
 from .solve import Solving, column_power, owner, solve
 from .source import Source, check_finite, resolve
 from .source_base import all_tensors, bytes_of
 from .source_weights import few
+from .strategies import Searching
 from .stream import check_weights, sample
 from .tensorfile import TensorWriter, tensor_digest
 from .timed import find_timed, packed_records, set_inputs, ways_of
@@ -100,6 +118,7 @@ class Options:
     """Options of `compress` beyond model, data and budget."""
 
     recipe: Recipe = field(default_factory=Recipe)
+    search: Searching = "never"
     max_ram: int | None = None
     seed: int = 0
     resume: bool = False
@@ -115,17 +134,38 @@ class Options:
     command: str = ""
 
 
+@dataclass
+class Attempt:
+    """A recipe that was solved, and stands in the model.
+
+    Attributes:
+        recipe, decision, method: what was done.
+        packed: the records of packed parameters.
+        drop: on the select split; None where it was not measured.
+        size: bytes of its file.
+    """
+
+    recipe: Recipe
+    decision: Choice
+    method: str
+    packed: list[Record]
+    drop: float | None
+    size: int
+
+
 class Run:
     """One compression."""
 
     def __init__(self, options: Options, budget: Budget, progress: Progress):
         self.options, self.budget, self.progress = options, budget, progress
+        self.recipe = options.recipe  # the one in hand, where several are tried
         self.begin = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.task: Task | None = None
         self.notes: list[str] = []
         self.tried: list[dict[str, Any]] = []
-        self.rewrites: list[Record] = []
+        self.rewrites: list[Record] = []  # of the float model, and of norms after rounding
+        self.dropped: set[str] = set()  # passes whose work was not kept
         self.before: Evaluation | None = None
         self.histograms: dict[str, dict[str, Any]] = {}
         self._select_before: Evaluation | None = None
@@ -133,6 +173,9 @@ class Run:
         self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
         self.team = Team()
+        self._structures: dict[Any, Structure] = {}
+        self.memory: Memory | None = None
+        self.cache: CacheOptions | None = None
 
     # --- what was given ---------------------------------------------------------------------------------------------
 
@@ -146,6 +189,7 @@ class Run:
             if streamed and meta.folded:  # folding needs the values of whole layers
                 meta = self._ground(source, source.skeleton())
             self.ceiling = check_possible(meta, self.budget)
+            self.plan_cache(meta, data is not None)
             self.fixed(meta)
             if data is not None:
                 o = self.options
@@ -173,10 +217,26 @@ class Run:
             raise BadInput("a latency is measured on data: pass --data or --task, or leave latency out of the budget")
         if self.budget.latency and torch.device(self.options.device).type != "cpu":
             raise BadInput("a latency ceiling is held on the CPU so far: leave --device or latency out")
-        if self.budget.memory:
-            raise BadInput("memory is measured and reported, not yet a ceiling: leave it out, or bound the size")
         if self.budget.drop is not None and not has_data:
             raise BadInput("a drop can only be held on data: pass --data or --task, or leave drop out of the budget")
+
+    def plan_cache(self, ground: Ground, has_data: bool) -> None:
+        """Refuse a cache that the model cannot have, and leave it its part of a memory ceiling."""
+        step = self.recipe.kv_cache
+        options = options_of(step)
+        if options is not None:
+            check_fits(options, cache_shapes(ground.model), ground.source.name)
+            if options.method == "rotatekv" and (not has_data or self.options.max_ram is not None):
+                raise BadInput(
+                    "kv_cache: rotatekv orders channels by running the float model on data: pass --data or --task and "
+                    "leave --max-ram out, or take method: plain"
+                )
+        if self.budget.memory:
+            fixed = () if step is None else (options,)
+            self.memory = memory_of(ground, self.budget.memory, self.options.seq, self.options.batch, fixed)
+            self.ceiling = self.memory.ceiling(self.ceiling, self.memory.even())
+            if not self.memory.shapes and getattr(ground.model, "can_generate", lambda: False)():
+                self._note(f"memory counts the weights alone: {cache_refusal(ground.model)}")
 
     def find_source(self, model: Any, data: Any, example: Any) -> Source:
         """The model's source; a task named alone brings its own."""
@@ -191,27 +251,47 @@ class Run:
 
     def ground_on_meta(self, source: Source) -> Ground:
         """The model's units from shapes alone."""
-        return self._ground(source, source.skeleton(), fold=self.options.recipe.fold)
+        return self._ground(source, source.skeleton(), fold=self.recipe.fold)
 
     def ground_in_memory(self, source: Source) -> Ground:
         """The float model on its device, checked and with batch norms folded."""
         model = source.load()
         for name, tensor in all_tensors(model).items():
             check_finite(name, tensor)
-        ground = self._ground(source, model, fold=self.options.recipe.fold)
+        ground = self._ground(source, model, fold=self.recipe.fold)
         ground.model.to(self.options.device)
         ground.others = other_tensors(ground.model, ground.units)
         return ground
 
     def _ground(self, source: Source, model: nn.Module, fold: bool = False) -> Ground:
-        structure = Structure.build(model, source.example())
+        structure = self._structure(source, model)
         folded = self._fold(structure, model) if fold else []
         if folded:
-            structure = Structure.build(model, source.example())
-        step = self.options.recipe.quantize
-        bits = step.bits if step else ()
-        units = find_units(model, structure, keep=self.options.keep, exclude=self.options.exclude, bits=bits)
+            structure = self._structure(source, model)
+        step = self.recipe.quantize
+        bits, offer = (step.bits, offered(step)) if step else ((), None)
+        units = find_units(
+            model, structure, keep=self.options.keep, exclude=self.options.exclude, bits=bits, offer=offer
+        )  # fmt: skip
         return Ground(source, model, structure, units, other_tensors(model, units), False, folded)
+
+    def _structure(self, source: Source, model: nn.Module) -> Structure:
+        """The structure of a model; that of a skeleton is known again in the model with its values.
+
+        Tracing takes seconds, and reads no values where it is done by export.
+        """
+        first: dict[int, str] = {}  # a parameter's first name: ties are part of the structure
+        tensors = model.named_parameters(remove_duplicate=False)
+        key = (
+            tuple((path, type(module)) for path, module in model.named_modules(remove_duplicate=False)),
+            tuple((name, tuple(p.shape), p.dtype, first.setdefault(id(p), name)) for name, p in tensors),
+        )
+        if key not in self._structures:
+            found = Structure.build(model, source.example())
+            if found.how != "export":
+                return found
+            self._structures[key] = found
+        return self._structures[key]
 
     def _fold(self, structure: Structure, model: nn.Module) -> list[tuple[str, str]]:
         """Fold every batch norm that can be; those named by --exclude are not touched."""
@@ -285,71 +365,167 @@ class Run:
             raise
 
     def _execute(self) -> Result:
-        ground, recipe = self.ground, self.options.recipe
-        if recipe.smooth is not None:
-            with self.stage("smooth"):
-                self.smooth(recipe.smooth)
-        with self.stage("hash"):
-            digests = self._digests()
-            self.identity = digest(
-                "run", 2, digests, self.budget.text, recipe.model_dump(), self.options.seed,
-                list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
-                torch.get_num_threads(), self.options.batch, self.options.seq, ground.streamed, self.options.device,
-                self.options.max_ram is None,
-            )  # fmt: skip
+        if (self.recipe.kv_cache is not None or self.memory is not None) and not self.team.rank:
+            with self.stage("cache"):
+                self._settle_cache()
+        self.said = list(self.notes)  # before any recipe was tried
         if self.team.rank:
-            ended = follow(self, digests)
+            ended = follow(self)
             return Result(Path(ended["out"]), ended["record"], ended["exit_code"])
-        decision, method = self._decide()
-        share = coverage(ground, decision)
+        found = self._attempt(self.recipe)
+        if self._searches(found):
+            found = self._search(found)
+        for _ in range(ROUNDS - 1):
+            larger = self._next_plan(found)
+            if larger is None:
+                break
+            found = self._solved(larger, found.method)
+        ground, decision, method = self.ground, found.decision, found.method
+        records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + found.packed
+        records += self._fuse(records)
+        if self.cache is not None:
+            records.append(Record(CACHE, "", {"cache": self.cache.to_json()}))
+        with self.stage("write"):
+            self._write(decision, records, method)
+        return self._verify(decision, records, coverage(ground, decision), method)
+
+    # --- recipes that are tried -------------------------------------------------------------------------------------
+
+    def _attempt(self, recipe: Recipe, decision: Choice | None = None) -> Attempt:
+        """Solve a recipe on a float model: with a decision that was made for it, or after making one."""
+        self.notes, self.dropped = list(self.said), set()
+        self._costs = self.explained = None
+        self.take_up(recipe)
+        step = recipe.quantize
+        method = step.method if step and self.batches("calibrate", 1) else "rtn"
+        self.name = told(recipe) if step is None or method == step.method else method
+        if decision is None:
+            decision = self._decide(method)
+        share = coverage(self.ground, decision)
         if share < self.options.min_coverage:
             raise BadInput(
                 f"coverage is {share:.3f}, below --min-coverage {self.options.min_coverage}: the ledger of `laconic plan` "
                 "says what is left alone and why"
             )
         self._measure_float(decision)
-        packed = self._solve(decision, method, digests)
-        for _ in range(ROUNDS - 1):
-            larger = self._next_plan(decision)
-            if larger is None:
-                break
-            decision = larger
-            self._explain(decision)
-            self._write_decision(decision, method)
-            packed = self._solve(decision, method, digests)
-        records = [Record(FOLD, layer, {"norm": norm}) for layer, norm in ground.folded] + self.rewrites + packed
-        records += self._fuse(records)
-        with self.stage("write"):
-            self._write(decision, records, method)
-        return self._verify(decision, records, coverage(ground, decision), method)
+        return self._solved(decision, method)
 
-    def smooth(self, alpha: float) -> None:
-        """Even out norms before anything is rounded; the function stays what it was."""
-        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
-        if self.ground.streamed or not batches:
-            why = "the float model does not fit under --max-ram" if self.ground.streamed else "it needs data"
-            self._note(f"smoothquant was left out: {why}")
+    def take_up(self, recipe: Recipe) -> None:
+        """Rewrite the float model as a recipe says, and settle what solutions depend on."""
+        self.recipe = recipe
+        self.rewrite()
+        with self.stage("hash"):
+            self.digests = self._digests()
+            self.identity = digest(
+                "run", 3, self.digests, self.budget.text, recipe.model_dump(), self.options.seed,
+                list(self.options.keep), list(self.options.exclude), self._data_digest(), torch.__version__,
+                torch.get_num_threads(), self.options.batch, self.options.seq, self.ground.streamed, self.options.device,
+                self.options.max_ram is None,
+            )  # fmt: skip
+
+    def _solved(self, decision: Choice, method: str) -> Attempt:
+        """A decision solved on the float model that is in hand."""
+        self._explain(decision)
+        self._write_decision(decision, method)
+        packed = self._solve(decision, method)
+        size = self.ground.layout(decision).total_bytes
+        return Attempt(self.recipe, decision, method, packed, self.select_drop, size)
+
+    def _searches(self, found: Attempt) -> bool:
+        """Whether other recipes are tried beside the one that was solved."""
+        if self.options.search == "never" or self.recipe.quantize is None or self.fixed(self.ground) is not None:
+            return False
+        if found.drop is None:
+            why = "it compares recipes on the select split, which is not there"
+        elif self.budget.latency:
+            why = "each recipe would have to be timed again under the latency ceiling"
+        else:
+            missed = self.budget.drop is not None and found.drop > self.budget.drop
+            return missed or self.options.search == "always"
+        if self.options.search == "always":
+            self._note(f"no other recipes were tried: {why}")
+        return False
+
+    def _search(self, first: Attempt) -> Attempt:
+        """The recipe that loses least on the select split under the byte ceiling, of those that fit the model."""
+        tried = [first]
+        for recipe in candidates(first.recipe, self.ground.structure, self.ground.model):
+            self._restore(recipe)
+            try:
+                tried.append(self._attempt(recipe))
+            except Impossible as error:  # a head of its own, for instance, and no room for it
+                self.said.append(f"{told(recipe)} was not tried: {error}")
+        best = min(tried, key=self._rank)
+        unit = "points" if self.task is not None and self.task.metric.bounded else "%"
+        drops = ", ".join(f"{told(one.recipe)} {one.drop:.2f}" for one in tried)
+        self.said.append(f"recipes tried on the select split, and their drop in {unit}: {drops}")
+        if best is tried[-1]:
+            self.notes.append(self.said[-1])
+            return best
+        self._restore(best.recipe)
+        return self._attempt(best.recipe, best.decision)
+
+    def _rank(self, one: Attempt) -> tuple[float, float]:
+        """Least is best: the drop under a ceiling of bytes; without one the bytes, among those that hold the drop."""
+        assert one.drop is not None
+        if self.ceiling is None and self.budget.drop is not None and one.drop <= self.budget.drop:
+            return 0.0, one.size
+        return one.drop if self.ceiling is not None else 1.0, one.drop
+
+    def _settle_cache(self) -> None:
+        """The cache of keys and values: as the recipe says, or as a memory ceiling needs it, measured on the float model."""
+        ground = self.ground
+        if self.memory is not None:
+            if self.recipe.kv_cache is None and self.memory.shapes:
+                task = None if ground.streamed else self.task
+                report = lambda d, t: self.progress("cache", d, t)  # noqa: E731
+                chosen = self.memory.choose(ground.model, task, self.budget.drop, self._float_on_select, report)
+                self.recipe = self.recipe.with_cache(step_of(chosen))
+            chosen = options_of(self.recipe.kv_cache)
+            self.ceiling = self.memory.ceiling(self.budget.ceiling(ground.source.size_before), chosen)
+        options = options_of(self.recipe.kv_cache)
+        if options is not None:
+            attention = attention_for(ground.model)
+            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8) if options.method != "plain" else []
+            self.cache = replace(calibrated(options, ground.model, batches), attention=attention)
+            shapes = cache_shapes(ground.model)
+            before, after = token_bytes(shapes, None), token_bytes(shapes, options)
+            self._note(f"generate keeps keys and values in {options.name}: {after:,.0f} bytes a token, not {before:,.0f}")
+
+    def _float_on_select(self) -> Evaluation:
+        self._select_float()
+        assert self._select_before is not None
+        return self._select_before
+
+    def rewrite(self) -> None:
+        """Change the float model as the recipe says, which leaves what it computes, and remember how."""
+        steps = self.recipe.rewrites
+        self.rewrites = []
+        if not steps:
             return
-        ground, one = self.ground, SmoothQuant(alpha)
-        planned = one.plan(ground.structure, ground.model)
-        absmax = output_absmax(ground.model, self.task, planned.units, batches)
-        ctx = passes.Context(ground.model, ground.structure, absmax=absmax, seed=self.options.seed)
-        for norm, reason in planned.skipped.items():
-            self._note(f"{norm} was not smoothed: {reason}")
-        for norm, said in planned.units.items():
-            if norm not in absmax:
-                self._note(f"{norm} was not smoothed: it does not run on this data")
-            elif any(matches(p, name) for p in self.options.exclude for name in (f"{norm}.weight", *said["readers"])):
-                self._note(f"{norm} was not smoothed: it or a reader of it is named by --exclude")
-            else:
-                with torch.no_grad():
-                    record = one.solve(norm, planned, ctx)
-                    one.apply(ground.model, record)
-                self.rewrites.append(Record(record.action, record.path, record.data))
+        with self.stage("rewrite"):
+            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+            o = self.options
+            sight = Sight(self.task, batches, o.exclude, o.seed, self._note)
+            self.rewrites = rewrite(self.ground, steps, sight, self._look_again)
+            if not self.ground.streamed:
+                check_possible(self.ground, self.budget)
+
+    def _look_again(self, ground: Ground) -> None:
+        """Find structure and units anew, after a change of names, shapes, or what turns inputs as they come."""
+        self._structures.clear()
+        fresh = self._ground(ground.source, ground.model)
+        self._structures.clear()
+        ground.structure, ground.units, ground.others = fresh.structure, fresh.units, fresh.others
+
+    def _restore(self, recipe: Recipe) -> None:
+        """The float model as it was before any recipe, and what another one may do to it."""
+        self.recipe = recipe
+        self.ground = self.ground_in_memory(self.ground.source)
 
     def _fuse(self, records: Sequence[Record]) -> list[Record]:
         """Which transformer blocks will run as compiled code."""
-        if not self.options.recipe.fuse:
+        if not self.recipe.fuse:
             return []
         fused, left = fuse_records(self.ground.source.skeleton(), records)
         for reason in sorted(set(left.values())):
@@ -357,9 +533,8 @@ class Run:
             self._note(f"{len(paths)} transformer blocks run layer by layer, since {reason}: {few(paths)}")
         return fused
 
-    def _decide(self) -> tuple[Choice, str]:
-        step = self.options.recipe.quantize
-        method = step.method if step and self.batches("calibrate", 1) else "rtn"
+    def _decide(self, method: str) -> Choice:
+        step = self.recipe.quantize
         kept = self.workspace.read_json("decision.json")
         if kept is not None and kept.get("identity") == self.identity:
             self.tried, self.explained = kept["tried"], kept["explained"]
@@ -370,7 +545,7 @@ class Run:
             decision = {n: Scheme.parse(units[n]) if units[n] else None for n in in_order}
             for unit in self.ground.units:
                 unit.inputs = kept["inputs"].get(unit.name, "")
-            return decision, kept["method"]
+            return decision
         with self.stage("decide"):
             decision = {} if step is None else self.fixed(self.ground) or self._allocate()
         if step is not None and step.inputs == "int8_static":
@@ -378,9 +553,7 @@ class Run:
                 self._static_inputs(decision)
         elif step is not None and (step.inputs == "int8" or self._int8()):
             set_inputs(self.ground.units, decision, INT8_TOKENS)
-        self._explain(decision)
-        self._write_decision(decision, method)
-        return decision, method
+        return decision
 
     def _explain(self, decision: Choice) -> None:
         """What was weighed, where something was."""
@@ -437,7 +610,7 @@ class Run:
         Raises:
             BadInput: it names a parameter that is not there, or a scheme for one that cannot be packed.
         """
-        step = self.options.recipe.quantize
+        step = self.recipe.quantize
         units = step.units if step else None
         if not units:
             return None
@@ -451,6 +624,9 @@ class Run:
         return {n: Scheme.parse(text) if (text := units[n]) else None for n in known if n in units}
 
     def _allocate(self) -> Choice:
+        step = self.recipe.quantize
+        if step is not None and step.allocate != "program":
+            return self._in_order(step.allocate)
         ground, costs = self.ground, self._option_costs()
         if self.budget.latency:
             return self._allocate_timed(costs)
@@ -463,9 +639,33 @@ class Run:
             lambda decision: self._measure_select("rounded", decision), lambda d, t: self.progress("try", d, t),
         )  # fmt: skip
 
+    def _in_order(self, how: str) -> Choice:
+        """Bits by another way than the integer program."""
+        ground = self.ground
+        if ground.streamed:
+            raise BadInput(
+                f"allocate: {how} needs the model in memory, and it does not fit under --max-ram: say program"
+            )
+        if self.budget.latency:
+            raise BadInput(f"allocate: {how} knows no milliseconds: say program, or leave latency out of the budget")
+        ceiling = self.ceiling if self.ceiling is not None else ground.source.size_before // 4
+        batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
+        if how == "uniform":
+            return uniform(ground, ceiling)
+        if how == "blocks":
+            return by_blocks(ground, self.task, batches, ceiling)
+        if self.budget.drop is None or self.task is None or "select" not in self.task.splits or not batches:
+            raise BadInput("allocate: bisect measures whether a drop holds: give data, and a drop in the budget")
+        self._select_float()
+        order = sensitivity_order(ground, self.task, batches[:1], self.options.seed)
+        return bisected(
+            ground, order, self.budget.drop, lambda decision: self._measure_select("rounded", decision),
+            lambda d, t: self.progress("try", d, t),
+        )  # fmt: skip
+
     def _allocate_timed(self, costs: dict[str, list[float]]) -> Choice:
         """The best plan under the ceilings of bytes and of milliseconds."""
-        ground, step = self.ground, self.options.recipe.quantize
+        ground, step = self.ground, self.recipe.quantize
         batch = self._latency_batch()
         if batch is None or step is None:
             raise BadInput("a latency is measured on data with inputs: leave latency out of the budget")
@@ -478,7 +678,7 @@ class Run:
             nonlocal done
             self.progress("time", done, done + 1)
             done += 1
-            records = packed_records(ground, decision, self.options.recipe.fuse)
+            records = packed_records(ground, decision, self.recipe.fuse)
             model = blank_model(ground.source.skeleton(), records, self.options.device)
             return latency_ms({"packed": lambda: run_batch(self.task, model, batch)})["packed"]
 
@@ -531,7 +731,7 @@ class Run:
         """The float model on the verify split, while it is still float: read once, at the end, by the packed one."""
         if self.ground.streamed:
             return
-        if self.task is not None and "verify" in self.task.splits:
+        if self.task is not None and "verify" in self.task.splits and self.before is None:
             with self.stage("verify float"):
                 report = lambda d, t: self.progress("verify float", d, t)  # noqa: E731
                 self.before = self.task.evaluate(self.ground.model, "verify", report)
@@ -543,57 +743,71 @@ class Run:
 
     # --- solving and repair -----------------------------------------------------------------------------------------
 
-    def _solve(self, decision: Choice, method: str, digests: dict[str, str]) -> list[Record]:
+    def _solve(self, decision: Choice, method: str) -> list[Record]:
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        teacher = None
+        if self.recipe.norm_tweak is not None:
+            if batches and not self.ground.streamed:
+                teacher = copy.deepcopy(self.ground.model)
+            else:
+                why = "the float model does not fit under --max-ram" if self.ground.streamed else "it needs data"
+                self._note(f"norm_tweak was left out: {why}")
         with self.stage("solve"):
-            self._tell_team(decision, method, digests)
-            records = self.solve_share(decision, method, digests)
+            self._tell_team(decision, method)
+            records = self.solve_share(decision, method)
         with self.stage("repair"):
             self._repair(decision, method, records)
+            if teacher is not None:
+                self._tweak(decision, method, teacher, batches)
         return records
 
-    def solve_share(self, decision: Choice, method: str, digests: dict[str, str]) -> list[Record]:
+    def solve_share(self, decision: Choice, method: str) -> list[Record]:
         """Solve a decision together with the other processes of the run, if there are any."""
         batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
-        return solve(self._job(decision, method, digests, batches, "solve"))
+        return solve(self._job(decision, method, self.digests, batches, "solve"))
 
-    def _tell_team(self, decision: Choice, method: str, digests: dict[str, str]) -> None:
+    def _tell_team(self, decision: Choice, method: str) -> None:
         """Let the other processes begin on a decision."""
         size, packed = self.team.size, sum(1 for scheme in decision.values() if scheme is not None)
         if size > packed:
             self._note(f"{size} processes shared {packed} parameters: fewer would have done")
         said = {name: str(scheme) if scheme is not None else None for name, scheme in decision.items()}
         inputs = {unit.name: unit.inputs for unit in self.ground.units if unit.inputs}
-        self.team.order(self, digests, {"decision": said, "method": method, "inputs": inputs})
+        recipe = self.recipe.model_dump(by_alias=True)
+        self.team.order(self, {"recipe": recipe, "decision": said, "method": method, "inputs": inputs})
 
     def _job(
         self, decision: Choice, method: str, digests: dict[str, str], batches: Sequence[Any], stage: str
     ) -> Solving:
-        ground = self.ground
+        ground, step = self.ground, self.recipe.quantize
         key = digest(self.identity, {n: str(s) for n, s in decision.items()}, native.load() is not None)
         return Solving(
-            ground.model, self.task, batches, ground.units, decision, ground.structure, self.workspace, key, digests, method,
-            self.options.recipe.correct_biases, lambda done, total, name: self.progress(stage, done, total),
+            ground.model, self.task, batches, ground.units, decision, ground.structure, self.workspace, key, digests,
+            method, step.steps if step is not None else 0, self.options.seed, self.recipe.correct_biases,
+            lambda done, total, name: self.progress(stage, done, total),
             ground.source if ground.streamed else None, self.options.max_ram, self.notes, self.team,
         )  # fmt: skip
 
     def _holds_select(self) -> bool:
         """Whether what is solved is measured on the select split."""
         there = self.task is not None and not self.ground.streamed and "select" in self.task.splits
-        return there and (self.budget.drop is not None or self.options.recipe.correct_biases)
+        repairs = self.recipe.correct_biases or self.recipe.norm_tweak is not None
+        return there and (self.budget.drop is not None or repairs or self.options.search == "always")
 
     def _repair(self, decision: Choice, method: str, records: list[Record]) -> None:
         """Keep corrected biases only where the select split does not get worse by them."""
         self.select_drop: float | None = None
         if not self._holds_select():
             return
-        corrected = {r.data["bias"]: r for r in records if r.data.get("bias")}
+        by_mean = self.recipe.correct_biases and method not in LEARNED
+        corrected = {r.data["bias"]: r for r in records if r.data.get("bias")} if by_mean else {}
         model = self.ground.model
         if corrected:
             new = {name: model.get_parameter(name).detach().clone() for name in corrected}
-            with_biases = self._measure_select(f"{method} + bias correction", decision)
+            with_biases = self._measure_select(f"{self.name} + bias correction", decision)
             for name in corrected:
                 model.get_parameter(name).data.copy_(self._old_biases[name])
-            without = self._measure_select(method, decision)
+            without = self._measure_select(self.name, decision)
             if with_biases <= without:
                 for name, value in new.items():
                     model.get_parameter(name).data.copy_(value)
@@ -601,36 +815,58 @@ class Run:
                 for record in corrected.values():
                     record.data.pop("bias")
                 self._note("bias correction was not kept: the select split got worse by it")
+                self.dropped.add("bias_correction")
             self.select_drop = min(with_biases, without)
-        elif self.budget.drop is not None:
-            self.select_drop = self._measure_select(method, decision)
+        else:
+            self.select_drop = self._measure_select(self.name, decision)
 
-    def _next_plan(self, decision: Choice) -> Choice | None:
+    def _tweak(self, decision: Choice, method: str, teacher: nn.Module, batches: Sequence[Any]) -> None:
+        """Train norms after rounding, kept only where the select split does not get worse by it."""
+        ground, step = self.ground, self.recipe.norm_tweak
+        assert step is not None
+        calls = [arguments(ground.model, self.task, batch) for batch in batches]
+        ctx = passes.Context(ground.model, ground.structure, batches=calls, teacher=teacher, seed=self.options.seed)
+        one = NormTweak(step.lr, step.lr_scale, step.iters)
+        old = {name: p.detach().clone() for name, p in ground.model.named_parameters() if p.dim() == 1}
+        with torch.enable_grad():
+            records, left = passes.run(one, ctx)
+        for reason in dict.fromkeys(left.values()):
+            self._note(f"norm_tweak left {few([p for p, r in left.items() if r == reason])} alone: {reason}")
+        if self.select_drop is not None and records:
+            after = self._measure_select(self.name, decision)
+            if after > self.select_drop:
+                for name, value in old.items():
+                    ground.model.get_parameter(name).data.copy_(value)
+                self._note("norm_tweak was not kept: the select split got worse by it")
+                self.dropped.add("norm_tweak")
+                return
+            self.select_drop = after
+        self.rewrites += [Record(r.action, r.path, r.data) for r in records]
+
+    def _next_plan(self, found: Attempt) -> Choice | None:
         """A larger plan where the solved one misses the drop on the select split and the size leaves room.
 
         The model is float again afterwards.
         """
-        missed = self.budget.drop is not None and self.select_drop is not None and self.select_drop > self.budget.drop
-        if not missed or self.fixed(self.ground) is not None or self.options.recipe.quantize is None:
+        missed = self.budget.drop is not None and found.drop is not None and found.drop > self.budget.drop
+        if not missed or self.fixed(self.ground) is not None or self.recipe.quantize is None:
             return None
         if self.budget.latency:
             self._note("the drop is missed on the select split; a larger plan would have to be timed again")
             return None
         with self.stage("decide"):
             self._reload()
-            larger = grown(self.ground, self._option_costs(), decision, self.ceiling)
+            larger = grown(self.ground, self._option_costs(), found.decision, self.ceiling)
         if larger is None:
             self._note("the drop is missed on the select split, and the size leaves no room for a larger plan")
         return larger
 
     def _reload(self) -> None:
-        """Put the float values back into the model."""
-        fresh = self.ground_in_memory(self.ground.source)
-        for name, parameter in fresh.model.named_parameters():
-            self.ground.model.get_parameter(name).data.copy_(parameter)
-        if self.rewrites and self.options.recipe.smooth is not None:
-            self.rewrites = []
-            self.smooth(self.options.recipe.smooth)
+        """Put the float values back into the model, rewritten as they were; options and inputs of units stay."""
+        units = {unit.name: unit for unit in self.ground.units}
+        self._restore(self.recipe)
+        self.rewrite()
+        self.ground.units = [units[unit.name] for unit in self.ground.units]
 
     def _select_float(self) -> None:
         """The float model on the select split, once."""
@@ -656,10 +892,20 @@ class Run:
         self, name: str, size: int, found: Comparison, split: str, decision: Choice | None = None, chosen: bool = False
     ) -> None:
         low, high = self.interval(found)
-        one = {"name": name, "size": size, "drop": found.drop, "low": low, "high": high, "split": split, "chosen": chosen}
+        one = {
+            "name": name,
+            "size": size,
+            "drop": found.drop,
+            "low": low,
+            "high": high,
+            "split": split,
+            "chosen": chosen,
+        }
         if decision is not None:
+            one["passes"] = self.recipe.model_dump(by_alias=True)
             one["units"] = {n: str(s) if s is not None else None for n, s in decision.items()}
-        self.tried.append(one)
+        if one not in self.tried:  # the chosen recipe is solved again after others were tried
+            self.tried.append(one)
 
     def interval(self, found: Comparison) -> tuple[float, float]:
         """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three)."""
@@ -696,25 +942,26 @@ class Run:
             raise LaconicError(
                 f"the ledger sums to {total:,} bytes and the file has {self.size_after:,}: this is a defect"
             )
-        kept = bool(biases) or not any("bias correction was not kept" in note for note in self.notes)
-        recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
+        recipe = self.recipe.with_units(decision, method, self.dropped, self._inputs())
         write_whole(partial / "recipe.yaml", recipe.to_yaml().encode())
-        self._write_frontier(partial / "plans", method, kept)
+        self._write_frontier(partial / "plans", method)
         for record in records:
             record.data.pop("key", None)
         write_artifact_files(partial, source=ground.source, records=records, ledger=self.ledger, versions=versions())
 
-    def _write_frontier(self, folder: Path, method: str, kept: bool) -> None:
+    def _write_frontier(self, folder: Path, method: str) -> None:
         """The recipes of the plans that were tried and that no other one beats in both size and drop."""
         from laconic.report.charts.pareto import frontier
 
         best = {id(one) for one in frontier([one for one in self.tried if one["split"] == "select"])}
         for one in self.tried:
-            units = one.pop("units", None)
+            units, passed = one.pop("units", None), one.pop("passes", None)
             if units is None or id(one) not in best:
                 continue
             decision = {name: Scheme.parse(text) if text else None for name, text in units.items()}
-            recipe = self.options.recipe.with_units(decision, method, kept, self._inputs())
+            its = Recipe.model_validate(passed)
+            how = its.quantize.method if its.quantize is not None and method != "rtn" else method
+            recipe = its.with_units(decision, how, self.dropped, self._inputs())
             folder.mkdir(exist_ok=True)
             file = folder / f"{one['size']}.yaml"
             write_whole(file, recipe.to_yaml().encode())
@@ -744,10 +991,10 @@ class Run:
             if self.task is not None and "verify" in self.task.splits and self._fits_packed():
                 into = None if ground.source.kind == "transformers" else ground.source.skeleton()
                 packed = load(workspace.partial, into=into, device=self.options.device)
-                after = self.task.evaluate(packed, "verify", lambda d, t: self.progress("verify", d, t))
+                after = self._packed_on_verify(packed)
                 if self.before is not None:
                     found = compare_evaluations(self.before, after, self.task.metric, self.options.seed)
-                    name = f"{method}, verified, {ground.source.size_before / self.size_after:.2f}x"
+                    name = f"{self.name}, verified, {ground.source.size_before / self.size_after:.2f}x"
                     self._tried(name, self.size_after, found, "verify", chosen=True)
                 latency = self._latency(packed)
         record = build_record(self, workspace, decision, records, share, found, after, latency)
@@ -760,6 +1007,17 @@ class Run:
         result = Result(out, record, record["verdict"]["exit_code"])
         self.team.end({"out": str(out), "record": record, "exit_code": result.exit_code})
         return result
+
+    def _packed_on_verify(self, packed: nn.Module) -> Evaluation:
+        """The packed model on the verify split, through its cache where it packs one."""
+        assert self.task is not None
+        report = lambda d, t: self.progress("verify", d, t)  # noqa: E731
+        if self.cache is not None:
+            try:
+                return measured(packed, self.task, "verify", self.cache, progress=report)
+            except BadInput as error:
+                self._note(f"quality was measured without the cache: {error}")
+        return self.task.evaluate(packed, "verify", report)
 
     def _fits_packed(self) -> bool:
         bound = self.options.max_ram

@@ -10,8 +10,10 @@ layers outside its chain of blocks, and those whose Hessian is too large, are ro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from laconic.core.structure import Structure
 from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors, restore_view
 from laconic.numerics import Int, Scheme
-from laconic.quant import Hessian, Matrix, bias_correction, solve_calibrated
+from laconic.quant import Hessian, Matrix, bias_correction, clip_calibrated, solve_calibrated
 
 from .distribute import Elsewhere, Shares, Team
+from .learned import learn, learnable
+from .recipe import LEARNED
 from .residency import InMemory, Streamed
 from .source import Source
 from .stream import round_rows
@@ -34,6 +38,7 @@ from .workspace import Workspace, digest
 
 Progress = Callable[[int, int, str], None]
 RERUN_STAGES = 12  # at most this many runs from the start for layers outside the chain
+BY_INPUTS = ("gptq", "rsq", "awq")  # methods that weigh errors by the second moments of the inputs
 GPTQ_BITS = 7  # at 8 bits rounding errors are lost in the noise of everything else
 
 
@@ -47,7 +52,8 @@ class Solving:
         units: all units; `decision` says which are packed and how.
         base_key: hash of what all data-aware solutions depend on.
         digests: of every unit's float values.
-        method: "gptq" or "rtn".
+        method: of `recipe.Quantize`.
+        steps: of Adam for each layer, of methods that learn how to round.
         correct_biases: whether the biases of solved layers take up the mean of the error.
         max_ram: bytes for everything, or None.
         notes: sentences for the report are added here.
@@ -64,6 +70,8 @@ class Solving:
     base_key: str
     digests: dict[str, str]
     method: str = "gptq"
+    steps: int = 500
+    seed: int = 0
     correct_biases: bool = False
     progress: Progress = lambda done, total, name: None  # noqa: E731
     source: Source | None = None
@@ -77,9 +85,15 @@ def solve(job: Solving) -> list[Record]:
     todo = [u for u in job.units if job.decision.get(u.name) is not None]
     state = _State(job, total=len(todo))
     aware = [u for u in todo if job.batches and _looks_at_data(job, u)]
+    learns = job.method in LEARNED and job.source is None
+    teacher = copy.deepcopy(job.model) if aware and learns and not job.team.rank else None
     state.round_all([u for u in todo if u not in aware])
+    if learns and job.team.rank:
+        return []  # each layer is trained on what those before it give: one piece of work, the first process's
     with torch.no_grad():
-        if aware and job.source is None:
+        if teacher is not None:
+            _learn(job, state, aware, teacher)
+        elif aware and job.source is None:
             _walk(job, state, aware)
         elif aware:
             _walk_streamed(job, state, aware)
@@ -91,8 +105,28 @@ def _looks_at_data(job: Solving, unit: Unit) -> bool:
     scheme = job.decision[unit.name]
     if scheme is None or not isinstance(scheme.element, Int):  # levels, ternary and binary codes: to nearest
         return False
+    if job.method in LEARNED:
+        return learnable(unit)
     fits = unit.op in ("linear", "conv") and len(unit.names) == 1 and scheme.bits <= GPTQ_BITS
-    return fits and (job.method == "gptq" or _bias(job, unit) is not None)
+    return fits and (job.method in BY_INPUTS or _bias(job, unit) is not None)
+
+
+def _learn(job: Solving, state: _State, units: list[Unit], teacher: nn.Module) -> None:
+    """Train how layers round, all of them anew where one is missing: each has seen what those before it gave."""
+    keys = {u.name: state.key(u, job.method) for u in units}
+    found = {u.name: job.workspace.load(keys[u.name]) for u in units}
+    if any(tensors is None for tensors in found.values()):
+        solved = learn(
+            job.method, job.model, teacher, job.task, job.batches, units, job.decision, job.steps, job.seed
+        )  # fmt: skip
+        for unit in [u for u in units if u.name not in solved]:
+            state.round(unit)  # it does not run on this data
+        for name, tensors in solved.items():
+            found[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
+            job.workspace.save(keys[name], tensors)
+    for unit in units:
+        if unit.name not in state.records:
+            state.keep(unit, job.method, keys[unit.name], found[unit.name] or {}, f"{owner(unit)}.bias".lstrip("."))
 
 
 def _bias(job: Solving, unit: Unit) -> str | None:
@@ -148,7 +182,7 @@ class _State:
         if tensors is None:
             tensors = round_rows(self._reader(unit), unit, scheme)
             job.workspace.save(key, tensors)
-        self._keep(unit, "rtn", key, tensors)
+        self.keep(unit, "rtn", key, tensors)
 
     def finish(self, units: Sequence[Unit], keys: dict[str, str], stats: Hessian | Columns | None) -> None:
         """Keep what an earlier run left of `units`, which read the same inputs, and solve the rest.
@@ -164,18 +198,19 @@ class _State:
                 if found[unit.name] is None:
                     found[unit.name] = self._save(unit, keys[unit.name], tensors, mean)
         for unit in units:
-            self._keep(unit, job.method, keys[unit.name], found[unit.name] or {})
+            self.keep(unit, job.method, keys[unit.name], found[unit.name] or {}, _bias(job, unit))
 
     def _solved(self, units: Sequence[Unit], stats: Hessian | Columns) -> list[dict[str, Tensor]]:
         """What is stored of units that read the same inputs."""
         job = self.job
         schemes = [s for u in units if (s := job.decision[u.name]) is not None]
-        if job.method != "gptq" or not isinstance(stats, Hessian):
+        if job.method not in BY_INPUTS or not isinstance(stats, Hessian):
             return [round_rows(self._held(u), u, s) for u, s in zip(units, schemes, strict=True)]
         weights = [matrix_view(job.model.get_parameter(u.name).detach(), u.view) for u in units]
         wanted = [Matrix(u.name, w, s) for u, w, s in zip(units, weights, schemes, strict=True)]
+        solved = clip_calibrated(wanted, stats) if job.method == "awq" else solve_calibrated(wanted, stats)
         stored = []
-        for unit, scheme, one in zip(units, schemes, solve_calibrated(wanted, stats), strict=True):
+        for unit, scheme, one in zip(units, schemes, solved, strict=True):
             tensors = pack_tensors(unit.spec(scheme), one.solved.codes, one.solved.scale, one.solved.zero)
             stored.append({**tensors, "loss": torch.tensor(one.loss, dtype=torch.float64)})
         return stored
@@ -194,12 +229,12 @@ class _State:
         self.job.workspace.save(key, tensors)
         return tensors
 
-    def _keep(self, unit: Unit, method: str, key: str, tensors: dict[str, Tensor]) -> None:
-        """Put what a solution stands for into the model, and remember its record."""
+    def keep(self, unit: Unit, method: str, key: str, tensors: dict[str, Tensor], bias: str | None = None) -> None:
+        """Put what a solution stands for into the model, with the bias of this name if it has one, and remember its record."""
         job = self.job
         said: dict[str, Any] = {"method": method, "loss": float(tensors["loss"]), "key": key}
         if "bias" in tensors:
-            said["bias"] = _bias(job, unit)
+            said["bias"] = bias
         scheme = job.decision[unit.name]
         assert scheme is not None
         record = self.records[unit.name] = unit.record(scheme, **said)
@@ -319,14 +354,15 @@ def _walk_chain(job: Solving, state: _State, chain: Chain, units: list[Unit], sp
         stage = [u for u in units if inside(u, block)]
         with chain.block(block):
             if stage:
-                _solve_stage(job, state, stage, lambda inputs, block=block: chain.look(block, inputs))
+                look = partial(chain.look, block, by_attention=job.method == "rsq")
+                _solve_stage(job, state, stage, look)
 
 
 def _solve_stage(job: Solving, state: _State, stage: list[Unit], look: Callable[[Inputs], None]) -> None:
     """Collect statistics for the stage's units and solve them; reuse what an earlier run left."""
     keys = {u.name: state.key(u, job.method) for u in stage}
     missing = job.team.agree(job.workspace, keys.values())  # also what was torn as it was written
-    full = {owner(u) for u in stage if job.method == "gptq"}
+    full = {owner(u) for u in stage if job.method in BY_INPUTS}
     stats: dict[str, Hessian | Columns | Elsewhere] = {}
     if missing:
         modules = {owner(u): job.model.get_submodule(owner(u)) for u in stage}

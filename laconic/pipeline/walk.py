@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from laconic.core.calls import Stop, capture, first_output, has_tensor
 from laconic.core.structure import Structure
-from laconic.quant import Hessian, fast_products
+from laconic.quant import Hessian, attention_weights, fast_products, weighted_hessian
 
 from .distribute import Elsewhere, Shares, Team
 from .residency import Activations, InMemory, Streamed
@@ -41,6 +42,7 @@ class Inputs:
 
     def __init__(self, modules: Modules, full: set[str], once: bool = False, shares: Shares | None = None):
         self.modules, self.full, self.once, self.shares = modules, full, once, shares
+        self.tokens: Tensor | None = None  # r (N, T): how much each token of the batch counts; None: all alike
         self._waiting = set(modules)
         self.leader: dict[str, str] = {}
         self.found: dict[str, Hessian | Columns | Elsewhere] = {}
@@ -97,6 +99,8 @@ class Inputs:
             return
         if conv and isinstance(stats, Hessian):
             stats.add_conv(x if x.dim() == len(module.kernel_size) + 2 else x[None], module)
+        elif isinstance(stats, Hessian) and self.tokens is not None and self.tokens.shape == x.shape[:-1]:
+            weighted_hessian(stats, x, self.tokens)
         else:
             stats.add(x)
 
@@ -206,11 +210,12 @@ class Chain:
                 rest = {b: (a[1:], k) for b, (a, k) in seen.items()}
                 self.rest.append(dict.fromkeys(self.blocks, rest[self.blocks[0]]) if self.constant else rest)
 
-    def look(self, block: str, inputs: Inputs) -> None:
-        """Run a block on every batch with hooks in place."""
-        with inputs, fast_products():
-            for number in range(len(self.hidden)):
-                with inputs.batch():
+    def look(self, block: str, inputs: Inputs, by_attention: bool = False) -> None:
+        """Run a block on every batch with hooks in place; with `by_attention` tokens count by the attention they get."""
+        for number in range(len(self.hidden)):
+            with fast_products():
+                inputs.tokens = attention_weights(partial(self._call, block, number)) if by_attention else None
+                with inputs, inputs.batch():
                     self._call(block, number)
 
     def advance(self, block: str) -> None:

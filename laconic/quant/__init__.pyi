@@ -24,6 +24,7 @@ from ._bitplane import bitplane_matmul as bitplane_matmul
 from ._bitplane import pack_bitplanes as pack_bitplanes
 from ._calibrated import Calibrated as Calibrated
 from ._calibrated import Matrix as Matrix
+from ._calibrated import clip_calibrated as clip_calibrated
 from ._calibrated import solve_calibrated as solve_calibrated
 from ._codebook_features import CodebookLayer as CodebookLayer
 from ._codebook_features import add_codebooks_ as add_codebooks_
@@ -77,6 +78,8 @@ from ._layer_bits import assign_bits as assign_bits
 from ._layer_bits import lim as lim
 from ._layer_bits import zd as zd
 from ._learned import Trainings as Trainings
+from ._learned import learned_of as learned_of
+from ._learned import learned_record as learned_record
 from ._learned import pack_learned as pack_learned
 from ._llm_int8 import LLMInt8 as LLMInt8
 from ._llm_int8 import int8_linear as int8_linear
@@ -140,6 +143,7 @@ from ._rotatekv import sink_tokens as sink_tokens
 from ._rsq import RSQ as RSQ
 from ._rsq import Quantized as Quantized
 from ._rsq import attention_concentration as attention_concentration
+from ._rsq import attention_weights as attention_weights
 from ._rsq import mean_one as mean_one
 from ._rsq import rsq as rsq
 from ._rsq import token_importance as token_importance

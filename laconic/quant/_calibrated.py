@@ -27,9 +27,10 @@ from torch import Tensor
 
 from laconic.numerics import Scheme
 
+from ._awq import clipped_round
 from ._gptq import Factor, Hessian, gptq_rows, inverse_factor
 from ._products import fast_products
-from ._rtn import Solved
+from ._rtn import Solved, round_to_nearest
 from ._scale_tuning import tune, tune_scales
 
 # From here down a searched range, and codes refined once more, take enough of the error to be worth their time.
@@ -98,6 +99,28 @@ def solve_calibrated(matrices: Sequence[Matrix], H: Hessian | Tensor, *, damp: f
         if hessian.ndim == 3:
             return [_by_groups(matrix, hessian, damp) for matrix in matrices]
         return _together(matrices, hessian, damp)
+
+
+def clip_calibrated(matrices: Sequence[Matrix], H: Hessian | Tensor) -> list[Calibrated]:
+    """Codes and scales of matrices that read the same inputs, to nearest in clipped ranges (`clipped_round`).
+
+    Args:
+        matrices, H: as of `solve_calibrated`. A matrix with one scale for all of it, and those of a grouped convolution,
+            are rounded in their whole ranges.
+    """
+    hessian = H.take() if isinstance(H, Hessian) else H
+    done = []
+    for matrix in matrices:
+        W = matrix.W.detach()
+        if hessian.ndim == 3 or matrix.scheme.scale.granularity == "tensor":
+            solved = round_to_nearest(W, matrix.scheme, matrix.name)
+            energy = float(W.float().square().sum(dtype=torch.float64))
+        else:
+            with fast_products():
+                solved = clipped_round(W, hessian, matrix.scheme, matrix.name)
+                energy = _energy(W, hessian)
+        done.append(Calibrated(matrix.name, solved, solved.loss / energy if energy > 0 else 0.0))
+    return done
 
 
 def _together(matrices: Sequence[Matrix], H: Tensor, damp: float) -> list[Calibrated]:

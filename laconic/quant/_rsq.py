@@ -65,8 +65,8 @@ from ._gptq import GPTQ, Hessian
 from ._rotate import rotate
 
 __all__ = [
-    "RSQ", "Importance", "Quantized", "attention_concentration", "mean_one", "rsq", "token_importance", "token_weights",
-    "weighted_hessian", "weighted_hessians",
+    "RSQ", "Importance", "Quantized", "attention_concentration", "attention_weights", "mean_one", "rsq",
+    "token_importance", "token_weights", "weighted_hessian", "weighted_hessians",
 ]  # fmt: skip
 
 Importance = Literal["attention", "norm", "difference", "frequency", "distance", "positions", "uniform"]
@@ -170,6 +170,13 @@ class _Attention(TorchFunctionMode):
 
     def _note(self, c: Tensor) -> None:
         self.found = c if self.found is None else self.found + c
+
+
+def attention_weights(run: Callable[[], Any], r_min: float = 0.005, r_max: float = 1.0) -> Tensor | None:
+    """r (N, T) by the attention that tokens get while `run` runs; None where no attention over tokens was seen."""
+    with _Attention() as mode:
+        run()
+    return None if mode.found is None else token_weights(mode.found, r_min, r_max)
 
 
 def _fused_concentration(

@@ -159,6 +159,21 @@ def test_decoder_blocks_with_and_without_a_cache(make: Any, scheme: str) -> None
         )
 
 
+@torch.no_grad()
+def test_steps_that_read_a_packed_cache_run_the_blocks_own_forward() -> None:
+    """A compiled block would ask for the addresses of keys that are not there."""
+    from laconic.nn.kv_cache import QuantizedCache
+
+    plain, fused = twins(llama(), SCHEMES[0])
+    found = []
+    for model in (plain, fused):
+        cache, ids = QuantizedCache(model.config, bits=8), torch.arange(100)[None] % 60
+        steps = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([70, 1, 20, 1, 8], 1)]
+        assert cache.layers[0].packed == 64
+        found.append(torch.cat(steps, 1))
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("make", [bert, llama])
 def test_inputs_of_8_bits_for_any_number_of_tokens(make: Any) -> None:
     plain, fused = twins(make(), SCHEMES[1], INT8_TOKENS)

@@ -217,7 +217,7 @@ def test_a_forward_that_fails_on_the_data_is_named_with_its_place(tmp_path):
         ("size=0x", "above zero"), ("size=-4x", "above zero"), ("size=nanx", "above zero"),
         ("size=infx", "finite"), ("size=4x,size=20MB", "bounds size twice"), ("speed=2x", "names 'speed'"),
         ("drop=lots", "does not parse at 'drop=lots'"), ("", "is empty"), (",", "is empty"),
-        ("latency=2x", "a latency is measured on data"), ("memory=8GB", "not yet a ceiling"),
+        ("latency=2x", "a latency is measured on data"), ("memory=8KB", "the least is"),
         ("size=4x,drop=1", "only be held on data"),
     ],
 )  # fmt: skip

@@ -1,0 +1,173 @@
+"""Other ways to give out bits than the integer program: all alike, by blocks, along an order with evaluations.
+
+    uniform    every parameter at the same number of bits, the largest that fits
+    blocks     layer_bits: whole blocks of fewer bits, the least important (LIM) first, until the file fits
+    bisect     hessian_interlayer: along an order of sensitivity, the largest prefix that holds the drop, at each width
+
+They are here to be compared with, and for ceilings that no sum of costs describes; under a ceiling of bytes alone the
+program over measured costs (`decide`) is optimal for those costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.core.allocate import bisect
+from laconic.core.units import Unit
+from laconic.errors import BadInput, Impossible
+from laconic.numerics import Scheme
+from laconic.quant import InterlayerSensitivity, LayerBits
+
+from .observe import arguments
+from .plan import Ground
+from .tryout import Choice, rounded
+
+__all__ = ["bisected", "by_blocks", "sensitivity_order", "uniform"]
+
+# A trace of a layer is a mean over draws, and each costs a second backward pass through the model.
+DRAWS, BESIDE = 4, 2
+
+
+def at(unit: Unit, bits: int) -> Scheme:
+    """What a unit is stored as at so many bits: its best option there, or the next one below."""
+    return next((s for s in unit.options if s.bits <= bits), unit.options[-1])
+
+
+def _widths(ground: Ground) -> list[int]:
+    return sorted({s.bits for u in ground.packable for s in u.options}, reverse=True)
+
+
+def uniform(ground: Ground, ceiling: int) -> Choice:
+    """The most bits for every parameter alike whose exact file fits."""
+    plans = ({u.name: at(u, bits) for u in ground.packable} for bits in _widths(ground))
+    return _first(ground, plans, ceiling)
+
+
+def by_blocks(ground: Ground, task: Any, batches: Sequence[Any], ceiling: int) -> Choice:
+    """Whole blocks in fewer bits until the exact file fits: each in its turn one step down before any goes two.
+
+    Parameters outside of the blocks go after them in each turn.
+
+    Raises:
+        BadInput: there is no data, or the model has no chain of blocks.
+    """
+    if not batches:
+        raise BadInput("allocate: blocks ranks blocks by what passes through them, and there is no data: say program")
+    blocks = ground.structure.blocks
+    if not blocks:
+        raise BadInput(f"allocate: blocks needs a chain of blocks, which {ground.source.name} has not: say program")
+    calls = [arguments(ground.model, task, batch) for batch in batches]
+    seen = _AsCalled(ground.model)
+    table = LayerBits([f"model.{path}" for path in blocks])(seen, [{"call": call} for call in calls]).table
+    ranked = sorted(table, key=lambda row: row["lim"])
+    groups = [
+        [u for u in ground.packable if u.name.startswith(f"{row['block'].removeprefix('model.')}.")] for row in ranked
+    ]
+    inside = {u.name for group in groups for u in group}
+    groups.append([u for u in ground.packable if u.name not in inside])
+    return _first(ground, _downwards(ground, groups), ceiling)
+
+
+def _downwards(ground: Ground, groups: Sequence[Sequence[Unit]]) -> Iterator[Choice]:
+    widths = _widths(ground)
+    now: Choice = {u.name: at(u, widths[0]) for u in ground.packable}
+    yield dict(now)
+    for bits in widths[1:]:
+        for group in groups:
+            now.update({u.name: at(u, bits) for u in group})
+            yield dict(now)
+
+
+def _first(ground: Ground, plans: Iterator[Choice], ceiling: int) -> Choice:
+    plan: Choice = {}
+    for plan in plans:
+        if ground.layout(plan).total_bytes <= ceiling:
+            return plan
+    return plan  # the least there is: that it fits was checked from shapes
+
+
+class _AsCalled(nn.Module):
+    """A model that takes its arguments as one: {"call": (args, kwargs)}."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: tuple[tuple, dict]) -> Any:
+        """The model's output."""
+        return self.model(*call[0], **call[1])
+
+
+def sensitivity_order(ground: Ground, task: Any, batches: Sequence[Any], seed: int) -> list[str]:
+    """Names of packable parameters, the least sensitive first: by curvature and by how layers disturb one another.
+
+    The loss is what changes of the outputs: the KL divergence to the float model's, or the squared error. Parameters
+    that are no layer's weight come last.
+    """
+    calls = [{"call": arguments(ground.model, task, batch), "batch": batch} for batch in batches]
+    with torch.no_grad():
+        outputs = {id(one["batch"]): task.forward(ground.model, one["batch"]).float() for one in calls}
+    logits = task.metric.name in ("perplexity", "accuracy")
+
+    def loss(model: nn.Module, one: Mapping[str, Any]) -> Tensor:
+        wanted, found = outputs[id(one["batch"])], task.forward(ground.model, one["batch"]).float()
+        if logits:
+            return (
+                F.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
+                .sum(-1)
+                .mean()
+            )
+        return (found - wanted).square().mean()
+
+    probe = InterlayerSensitivity(4, loss, samples=DRAWS, pairs=BESIDE, seed=seed)
+    order = [name for name in probe(ground.model, calls).order() if name in {u.name for u in ground.packable}]
+    return order + [u.name for u in ground.packable if u.name not in order]
+
+
+def bisected(
+    ground: Ground, order: Sequence[str], drop: float, measure: Callable[[Choice], float],
+    progress: Callable[[int, int], None],
+) -> Choice:  # fmt: skip
+    """The fewest bits along an order that hold the drop, each plan rounded to nearest and measured.
+
+    Args:
+        ground: the model in memory; its values are the same afterwards.
+        order: names of all packable units, the least sensitive first.
+        drop: that is allowed.
+        measure: the drop of the plan whose values the model holds.
+        progress: is called with (done, total).
+
+    Raises:
+        Impossible: not even the most bits for all of them hold it.
+    """
+    units = {u.name: u for u in ground.packable}
+    widths, done = _widths(ground), 0
+    original = {name: ground.model.get_parameter(name).detach().clone() for name in units}
+    bound = len(widths) * max(1, len(order)).bit_length() + 1
+
+    def evaluate(choice: tuple[int, ...]) -> float:
+        nonlocal done
+        progress(min(done, bound), bound)
+        done += 1
+        decision = {name: at(units[name], widths[option]) for name, option in zip(order, choice, strict=True)}
+        for name, scheme in decision.items():
+            ground.model.get_parameter(name).data.copy_(rounded(units[name], scheme, original[name]))
+        return -measure({u.name: decision[u.name] for u in ground.packable})
+
+    try:
+        found = bisect(range(len(order)), range(len(widths)), evaluate, -drop)
+    except Impossible as error:
+        raise Impossible(
+            f"a drop of {drop:g} cannot be held by packing all of {ground.source.name}, not even at {widths[0]} bits: "
+            "say allocate: program, which leaves float what costs too much"
+        ) from error
+    finally:
+        for name, value in original.items():
+            ground.model.get_parameter(name).data.copy_(value)
+    chosen = dict(zip(order, found.choice, strict=True))
+    return {u.name: at(u, widths[chosen[u.name]]) for u in ground.packable}

@@ -1,0 +1,316 @@
+"""Methods by name, the rewrites and repairs that they bring, and the search among them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import laconic
+from laconic import cli
+from laconic.core.structure import Structure
+from laconic.errors import BadInput
+from laconic.pipeline.compress import compress, plan
+from laconic.pipeline.recipe import Quantize, Recipe, Rotate
+from laconic.pipeline.run import Run
+from laconic.pipeline.search import candidates, told
+from laconic.pipeline.source import resolve
+from laconic.pipeline.strategies import STRATEGIES, strategy
+
+from .runs import hashes, run_cli, save, token_file, trained_classifier
+
+NAMED = [name for name in STRATEGIES if name not in ("auto", "search")]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    at = tmp_path_factory.mktemp("llama")
+    return save("llama", at / "float"), token_file(at / "tokens.npz", rows=24)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return trained_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+def few_steps(tmp_path, name):
+    """The strategy as a recipe that trains for few steps."""
+    quantize = strategy(name).recipe.quantize
+    assert quantize is not None
+    recipe = strategy(name).recipe.with_passes(steps=5)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    return tmp_path / "recipe.yaml"
+
+
+def written(found):
+    return json.loads((found.out / "laconic.json").read_text())["records"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_each_strategy_gives_an_artifact_that_replays_to_the_same_bytes(name, llama, tmp_path):
+    """The artifact's own recipe has every choice written out, the rewrites and the method among them."""
+    folder, data = llama
+    trained = name in ("adaquant", "genie")
+    how = {"recipe": few_steps(tmp_path, name)} if trained else {"strategy": name}
+    budget = "drop=100000" if name == "hessian_interlayer" else "size=5x" if name in ("uniform", "layer_bits") else "size=3x"
+    found = compress(folder, data, budget, seq=16, out=tmp_path / "out", **how)
+    again = compress(folder, data, budget, seq=16, out=tmp_path / "again", recipe=found.out / "recipe.yaml")
+    assert hashes(found.out) == hashes(again.out)
+    assert found.ratio >= 3 and found.exit_code == 0
+    loaded = laconic.load(found.out)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(torch.arange(3, 15)[None]).logits).all()
+    recipe = yaml.safe_load((found.out / "recipe.yaml").read_text())
+    method = next(step for step in recipe["passes"] if step["pass"] == "quantize")["method"]
+    assert method == strategy(name).recipe.quantize.method
+    methods = {r.get("method") for r in written(found) if r["action"] == "pack"}
+    assert methods <= {method, "rtn"} and (method in methods)
+
+
+def test_methods_that_weigh_by_inputs_differ_from_one_another(llama, tmp_path):
+    """At two bits awq, gptq and rsq give the same layer different codes."""
+    folder, data = llama
+    weights = []
+    for method in ("rtn", "awq", "gptq", "rsq"):
+        recipe = Recipe(passes=[Quantize(method=method, bits=[2])])
+        found = compress(folder, data, "size=3x", seq=16, out=tmp_path / method, recipe=recipe)
+        weights.append(laconic.load(found.out).model.layers[0].mlp.down_proj.weight.float())
+    for i, one in enumerate(weights):
+        assert all(not torch.equal(one, other) for other in weights[:i])
+
+
+@pytest.mark.parametrize("step", ["awq", "rotate", "smoothquant"])
+def test_a_rewrite_leaves_the_function(step, llama, tmp_path):
+    """With nothing packed the rewritten model answers as the float model does, from other weights."""
+    folder, data = llama
+    (tmp_path / "r.yaml").write_text(f"passes: [{{pass: {step}}}]")
+    found = compress(folder, data, "size=1MB", seq=16, out=tmp_path / "out", recipe=tmp_path / "r.yaml")
+    loaded, model = laconic.load(found.out), resolve(folder).load()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
+    path = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(loaded.get_parameter(path), model.get_parameter(path))
+    assert {r["pass"] for r in written(found)} == {step}
+
+
+def test_rotating_unties_a_tied_head_and_counts_its_bytes(tmp_path):
+    folder = save("llama_tied", tmp_path / "float")
+    data = token_file(tmp_path / "t.npz")
+    (tmp_path / "r.yaml").write_text("passes: [{pass: rotate}, {pass: quantize, bits: [8]}]")
+    found = compress(folder, data, "size=2x", seq=16, out=tmp_path / "out", recipe=tmp_path / "r.yaml")
+    rows = {row["name"]: row for row in found.record["ledger"]}
+    assert "lm_head.weight" in rows and rows["lm_head.weight"]["names"] == ["lm_head.weight"]
+    assert any("stored twice" in note for note in found.record["notes"])
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        a, b = laconic.load(found.out)(ids).logits, resolve(folder).load()(ids).logits
+    assert (a - b).norm() < 0.1 * b.norm()
+
+
+def test_a_rewrite_touches_nothing_that_is_excluded(llama, tmp_path):
+    folder, data = llama
+    path = "model.layers.0.self_attn.q_proj.weight"
+    (tmp_path / "r.yaml").write_text("passes: [{pass: awq}, {pass: rotate, stream: false}]")
+    found = compress(folder, data, "size=1MB", seq=16, out=tmp_path / "out", recipe=tmp_path / "r.yaml", exclude=[path])
+    loaded, model = laconic.load(found.out), resolve(folder).load()
+    assert torch.equal(loaded.get_parameter(path), model.get_parameter(path))
+    assert any("--exclude" in note for note in found.record["notes"])
+
+
+def test_trained_rounding_beats_rounding_to_nearest(classifier, tmp_path):
+    """At three bits a few hundred steps of adaquant take back most of what rounding costs the outputs."""
+    model, data = classifier
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = model(x)
+    lost = {}
+    for method, steps in (("rtn", 1), ("adaquant", 200), ("genie", 200)):
+        recipe = Recipe(passes=[Quantize(method=method, bits=[3], steps=steps)])
+        if method == "rtn":
+            scheme = "v1/int3/channel/float32/minmax/zint/nearest"
+            recipe = Recipe(passes=[Quantize(method=method, schemes=[scheme])])
+        found = compress(
+            model, data, "size=4x", out=tmp_path / method, recipe=recipe, example=torch.zeros(1, 24)
+        )  # fmt: skip
+        packed = laconic.load(found.out, into=copy.deepcopy(model))
+        with torch.no_grad():
+            lost[method] = float((packed(x) - wanted).square().mean())
+    assert lost["adaquant"] < lost["rtn"] and lost["genie"] < lost["rtn"]
+
+
+def test_trained_biases_are_in_the_artifact_and_survive_a_resumed_run(classifier, tmp_path, monkeypatch):
+    """adaquant trains biases too; solutions that are there are not trained again."""
+    model, data = classifier
+    recipe = Recipe(passes=[Quantize(method="adaquant", bits=[4], steps=20)])
+    options = {"recipe": recipe, "example": torch.zeros(1, 24)}
+    found = compress(model, data, "size=4x", out=tmp_path / "out", **options)
+    packed = laconic.load(found.out, into=copy.deepcopy(model))
+    bias = next(name for name, p in model.named_parameters() if name.endswith("bias"))
+    assert not torch.equal(packed.get_parameter(bias), model.get_parameter(bias))
+
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, data, "size=4x", out=tmp_path / "cut", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("laconic.pipeline.solve.learn", stopped)
+        resumed = compress(model, data, "size=4x", out=tmp_path / "cut", resume=True, **options)
+    assert hashes(resumed.out) == hashes(found.out)
+
+
+def test_norms_are_trained_and_kept_only_where_that_helps(llama, tmp_path, monkeypatch):
+    folder, data = llama
+    norms = {}
+    for after in (0.5, 2.0):
+        drops = iter([1.0, after])
+        monkeypatch.setattr(
+            Run, "_measure_select", lambda self, name, decision, d=drops: 0.0 if name == "rounded" else next(d)
+        )
+        found = compress(folder, data, "size=6x", seq=16, out=tmp_path / str(after), strategy="norm_tweak")
+        norms[after] = laconic.load(found.out).get_parameter("model.layers.0.input_layernorm.weight")
+        recipe = yaml.safe_load((found.out / "recipe.yaml").read_text())
+        assert any(step["pass"] == "norm_tweak" for step in recipe["passes"]) == (after == 0.5)
+    float_norm = resolve(folder).load().get_parameter("model.layers.0.input_layernorm.weight")
+    assert torch.equal(norms[2.0], float_norm) and not torch.equal(norms[0.5], float_norm)
+
+
+def test_the_search_takes_the_recipe_that_loses_least(llama, tmp_path, monkeypatch):
+    """Every recipe that fits the model is solved and measured; the record says what each lost."""
+    folder, data = llama
+    wanted = "awq, gptq"
+
+    def measured(self, name, decision):
+        found = 1.0 if name.startswith(wanted) else 5.0
+        if name != "rounded":
+            seen.append(name)
+        return found
+
+    seen: list[str] = []
+    monkeypatch.setattr(Run, "_measure_select", measured)
+    monkeypatch.setattr("laconic.pipeline.search.TRAINED", 0)
+    found = compress(folder, data, "size=5x", seq=16, out=tmp_path / "out", strategy="search")
+    tried = next(note for note in found.record["notes"] if note.startswith("recipes tried"))
+    assert all(
+        name in tried for name in ("gptq 5.00", "awq, gptq 1.00", "rotate, gptq 5.00", "rotate, rsq", "norm_tweak")
+    )
+    recipe = yaml.safe_load((found.out / "recipe.yaml").read_text())
+    assert [step["pass"] for step in recipe["passes"]][:2] == ["fold_batchnorm", "awq"]
+    again = compress(folder, data, "size=5x", seq=16, out=tmp_path / "again", recipe=found.out / "recipe.yaml")
+    assert hashes(found.out) == hashes(again.out)
+
+
+def test_the_default_searches_only_where_the_drop_is_missed(llama, tmp_path, monkeypatch):
+    folder, data = llama
+    monkeypatch.setattr("laconic.pipeline.search.TRAINED", 0)
+    for drop, many in ((0.5, False), (2.0, True)):
+        monkeypatch.setattr(Run, "_measure_select", lambda self, name, decision, d=drop: d)
+        found = compress(folder, data, "size=5x, drop=1", seq=16, out=tmp_path / str(drop))
+        assert any(note.startswith("recipes tried") for note in found.record["notes"]) == many
+
+
+def test_candidates_fit_the_model(classifier, llama):
+    model, _ = classifier
+    source = resolve(llama[0])
+    of_llama = source.load()
+    names = [told(r) for r in candidates(Recipe(), Structure.build(of_llama, source.example()), of_llama)]
+    assert names[:3] == ["awq, gptq", "rotate, gptq", "rotate, rsq"] and "gptq, norm_tweak" in names
+    plain = Structure.build(model, ((torch.zeros(1, 24),), {}))
+    assert [told(r) for r in candidates(Recipe(), plain, model)] == ["adaquant"]
+
+
+def widths(found, inside=""):
+    return {u["name"]: u["bits"] for u in found.record["units"] if u["bits"] <= 8 and inside in u["name"]}
+
+
+def test_bits_are_given_out_by_other_ways_than_the_program(llama, tmp_path, monkeypatch):
+    """Uniform: one width. By blocks: one width within each block, two neighbouring ones over all, and it fits."""
+    folder, data = llama
+    alike = compress(folder, data, "size=5x", seq=16, out=tmp_path / "uniform", strategy="uniform")
+    assert len(set(widths(alike).values())) == 1 and alike.ratio >= 5
+    blocks = compress(folder, data, "size=5x", seq=16, out=tmp_path / "blocks", strategy="layer_bits")
+    found = [set(widths(blocks, f"layers.{i}.").values()) for i in (0, 1)]
+    assert all(len(one) == 1 for one in found) and blocks.ratio >= 5
+    used = sorted(set(widths(blocks).values()))
+    assert used[-1] - used[0] <= 1
+
+    def measured(self, name, decision):
+        """What is below 5 bits costs a tenth of a point each."""
+        return sum(0.1 for s in decision.values() if s is not None and s.bits < 5)
+
+    monkeypatch.setattr(Run, "_measure_select", measured)
+    bisected = compress(folder, data, "drop=0.5", seq=16, out=tmp_path / "bisect", strategy="hessian_interlayer")
+    below = [bits for bits in widths(bisected).values() if bits < 5]
+    assert len(below) == 5 and max(widths(bisected).values()) <= 5
+
+
+def test_ways_to_give_out_bits_say_what_they_need(llama, classifier, tmp_path):
+    folder, data = llama
+    model, examples = classifier
+    with pytest.raises(BadInput, match="give data, and a drop"):
+        compress(folder, data, "size=5x", seq=16, out=tmp_path / "o", strategy="hessian_interlayer")
+    with pytest.raises(BadInput, match="needs a chain of blocks"):
+        compress(model, examples, "size=4x", out=tmp_path / "o", strategy="layer_bits", example=torch.zeros(1, 24))
+    with pytest.raises(BadInput, match="there is no data"):
+        compress(folder, None, "size=4x", out=tmp_path / "o", strategy="layer_bits")
+
+
+def test_the_command_line_lists_every_strategy():
+    assert tuple(STRATEGIES) == cli.STRATEGIES
+
+
+def test_a_strategy_is_part_of_a_plan(llama):
+    folder, data = llama
+    found = plan(folder, data, "size=3x", strategy="nf4")
+    assert {unit["scheme"] for unit in found["units"]} <= {None, "v1/levelsnf4/group64/float16/minmax/znone/nearest"}
+
+
+def test_bad_strategies_and_recipes_are_refused_in_a_sentence(llama, tmp_path, capsys):
+    folder, data = llama
+    with pytest.raises(BadInput, match="'best' is no strategy: there are auto, search, rtn"):
+        compress(folder, data, strategy="best", out=tmp_path / "o")
+    with pytest.raises(BadInput, match="both a recipe and a strategy"):
+        compress(folder, data, strategy="gptq", recipe=Recipe(), out=tmp_path / "o")
+    with pytest.raises(ValueError, match="leave schemes out"):
+        Quantize(method="genie", schemes=["v1/int4/channel/float32/minmax/zint/nearest"])
+    with pytest.raises(ValueError, match="rotate stands twice"):
+        Recipe(passes=[Rotate(), Rotate(), Quantize()])
+    code, _, said = run_cli(capsys, "compress", folder, "--strategy", "best", "--out", tmp_path / "o")
+    assert code == 2 and "is no strategy" in said
+
+
+def test_values_that_are_not_finite_stop_a_rewrite_and_name_the_layer(tmp_path):
+    """An inf that a forward makes out of finite weights shows while the model is smoothed."""
+
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.first, self.last = nn.LayerNorm(24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(self.norm(x))))
+
+    model = Overflowing().eval()
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    data = tmp_path / "x.npz"
+    rng = np.random.default_rng(0)
+    np.savez(data, x=rng.normal(size=(60, 24)).astype("float32"), y=rng.integers(0, 3, 60))
+    recipe = Recipe.model_validate({"passes": [{"pass": "awq"}, {"pass": "quantize"}]})
+    with pytest.raises(BadInput, match="the input of first holds inf or nan"):
+        compress(model, data, "size=1.5x", out=tmp_path / "out", recipe=recipe, example=torch.zeros(1, 24))
+
+
+def test_a_method_with_data_falls_back_to_rounding_without(llama, tmp_path):
+    folder, _ = llama
+    found = compress(folder, None, "size=3x", out=tmp_path / "out", strategy="awq")
+    assert any("awq was left out: it needs data" in note for note in found.record["notes"])
+    assert {r["method"] for r in written(found) if r["action"] == "pack"} == {"rtn"}
