@@ -80,6 +80,7 @@ if TYPE_CHECKING:
 
 FOREVER = timedelta(days=30)  # a process may wait for as long as another one works; whether it lives is seen otherwise
 ARRIVAL = 600.0  # seconds within which all processes must have come together
+FAREWELL = 60.0  # seconds that they may take to end after the last word
 GRACE = 2.0  # seconds that what a process said last may take to arrive, or its end to be noticed
 LONGEST_NAP = 0.02  # seconds between two looks at whether a message has come
 HELP = "say how many processes, as 2, or ray:4 for workers of a Ray cluster"
@@ -633,7 +634,7 @@ class LocalWorkers(Started):
         """See them off."""
         for process in self.processes:
             if ended:
-                process.join(ARRIVAL)
+                process.join(FAREWELL)
             process.terminate()
         for process in self.processes:
             process.join(GRACE)
@@ -700,7 +701,7 @@ class RayWorkers(Started):
     def stop(self, ended: bool) -> None:
         """See them off."""
         if self.tasks and ended:
-            self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=ARRIVAL)
+            self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=FAREWELL)
         for one in self.tasks:
             self.ray.cancel(one, force=True)
         if self.begun:

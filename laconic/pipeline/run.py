@@ -355,9 +355,9 @@ class Run:
         self.workspace = workspace
         if self.options.max_ram is not None:
             tight_heap()
-        if not self.budget.latency:  # else when there is work: their coming would disturb what is timed
-            self.team.begin()
         try:
+            if not self.budget.latency:  # else when there is work: their coming would disturb what is timed
+                self.team.begin()
             with no_fast_products() if self.options.max_ram is not None else nullcontext():
                 return self._execute()
         except BadInput:

@@ -1,7 +1,7 @@
 """What each process of `torchrun` runs in test_distribute: python distributed_script.py JOB.json.
 
-The job lists calls of `compress`. Under "data" every plan misses the drop, under "streamed" the model is taken for one that
-does not fit, under "apart" the second process does not see the folder of the first, and under "refused" it was given
+The job lists calls of `compress`. Under "data" every plan misses the drop and the second process does not see the folder of
+the first, under "streamed" the model is taken for one that does not fit, and under "refused" the second process was given
 something else.
 """
 
@@ -27,7 +27,7 @@ def pretend(name: str, patch: MonkeyPatch) -> None:
     if name == "data":  # whatever is measured misses the drop: a larger plan is solved after the first
         real = Run._measure_select
         patch.setattr(Run, "_measure_select", lambda self, *given: real(self, *given) + 100.0)
-    if name == "apart" and os.environ.get("RANK") == "1":
+    if name == "data" and os.environ.get("RANK") == "1":
         there = Path.exists
         patch.setattr(Path, "exists", lambda path: not path.name.startswith("together-") and there(path))
 
