@@ -14,14 +14,19 @@ from torch import nn
 
 import laconic
 from laconic.core.lora import add_lora_, lora_layers, merge_lora_
+from laconic.core.passes import Context
+from laconic.core.passes import run as run_pass
 from laconic.core.record import ADAPT
+from laconic.core.structure import Structure
 from laconic.errors import BadInput
+from laconic.interop.ggml_blocks import as_blocks
+from laconic.interop.matrix import QuantizedMatrix
 from laconic.nn import packed_specs, unpack_parameter
 from laconic.nn.packed import matrix_view, restore_view
 from laconic.numerics import Scheme, fake_quantize
 from laconic.pipeline.compress import compress, plan
 from laconic.pipeline.source import resolve
-from laconic.quant import NFConfig, lq_lora_, qlora_
+from laconic.quant import RTN, NFConfig, lq_lora_, qlora_
 from tests.zoo import ZOO, outputs
 
 from .artifacts import round_records, write_artifact
@@ -238,3 +243,18 @@ def test_inspect_of_an_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["model.layers.0.self_attn.q_proj.lora_A"]["reason"].startswith("an adapter")
     code, out, _ = run_cli(capsys, "inspect", folder)
     assert code == 0 and "lora_A" in out
+
+
+def test_powers_of_two_go_to_other_programs() -> None:
+    """MXFP4 in the bytes of GGUF, exactly; what no block holds is left to be written as floats."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for form, holds in (("mxfp4", True), ("nvfp4", False), ("mxfp8", False), (FORMS[-1], False), (FORMS[-3], False)):
+        layer = nn.Sequential(nn.Linear(64, 8))
+        with torch.no_grad():
+            layer[0].weight.copy_(x)
+        run_pass(RTN(form), Context(layer, Structure.build(layer, ((x,), {}))))
+        matrix = QuantizedMatrix.of(layer[0])
+        assert torch.equal(matrix.values(), layer[0].weight) and matrix.shape == (8, 64)
+        made = as_blocks(matrix, exact=True)
+        assert (made is not None) == holds
+        assert made is None or (made[0], made[2]) == ("MXFP4", True)
