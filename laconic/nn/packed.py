@@ -166,10 +166,13 @@ class Packed(nn.Module):
     def packed_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """codes, scale, zero of the packed parameter `name`, as the ops take them under `PackedParameterSpec.word`."""
         scheme, matrix = self._packed[name].scheme, self._packed[name].matrix
-        found = {suffix: self.packed_tensor(name, suffix) for suffix in ("packed", *scheme.scale.tensors(1, 1))}
-        stored = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
-        zero = None if scheme.beside is None else self.packed_tensor(name, scheme.beside)
-        return stored["packed"], read_scales(stored, scheme, scheme.scales(*matrix)), zero
+        codes, scale = self.packed_tensor(name, "packed"), self.packed_tensor(name, "scale")
+        if not scheme.scale.plain:
+            found = {suffix: self.packed_tensor(name, suffix) for suffix in scheme.scale.tensors(*scheme.scales(*matrix))}
+            stored = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+            scale = read_scales(stored, scheme, scheme.scales(*matrix))
+        assert codes is not None and scale is not None
+        return codes, scale, None if scheme.beside is None else self.packed_tensor(name, scheme.beside)
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001 - torch's own signature
         """Everything moves; scales and zero points keep their type, whatever the model is cast to."""

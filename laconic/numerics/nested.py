@@ -234,3 +234,6 @@ def _middles() -> Tensor:
     with torch.inference_mode(False):
         levels = dynamic_map()
         return (levels[1:] + levels[:-1]) / 2
+
+
+dynamic_map()  # kept from now on: first used while a model is traced, it would have no values

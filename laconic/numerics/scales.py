@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from .elements import Float
 from .finite import ScaleOutOfRange
 from .floats import float_codes, float_values, mini_float, round_float
-from .scheme import Scheme
+from .scheme import CODED_DTYPES, Scheme
 
 __all__ = ["read_scales", "rounding_scales", "settled", "store_scales"]
 
@@ -67,7 +66,7 @@ def read_scales(stored: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, 
     scale = stored["scale"]
     if scheme.scale.plain:
         return scale
-    numbers = _bytes(scheme.scale.dtype).to(scale.device)[scale.int()]
+    numbers = _BYTES[scheme.scale.dtype].to(scale.device)[scale.int()]
     return numbers if scheme.scale.dtype == "e8m0" else numbers / stored["global_scale"]
 
 
@@ -101,13 +100,16 @@ def _shared(scale: Tensor, scheme: Scheme, name: str, largest: float | None) -> 
     return shared
 
 
-@lru_cache(maxsize=4)
-def _bytes(dtype: str) -> Tensor:
+def _numbers(dtype: str) -> Tensor:
     """The number (256,) float32 of each byte."""
-    with torch.inference_mode(False):  # kept for later calls
-        every = torch.arange(256, dtype=torch.uint8)
-        if dtype == "e4m3":
-            return float_values(every, mini_float("e4m3"))
-        powers = torch.ldexp(torch.ones(256, dtype=torch.float64), every.int() - 127).float()
-        powers[NAN] = torch.nan
-        return powers
+    every = torch.arange(256, dtype=torch.uint8)
+    if dtype == "e4m3":
+        return float_values(every, mini_float("e4m3"))
+    powers = torch.ldexp(torch.ones(256, dtype=torch.float64), every.int() - 127).float()
+    powers[NAN] = torch.nan
+    return powers
+
+
+# Made now and not when first used: that may be while a model is traced, where tensors have no values.
+with torch.inference_mode(False):
+    _BYTES = {dtype: _numbers(dtype) for dtype in CODED_DTYPES}

@@ -258,3 +258,16 @@ def test_powers_of_two_go_to_other_programs() -> None:
         made = as_blocks(matrix, exact=True)
         assert (made is not None) == holds
         assert made is None or (made[0], made[2]) == ("MXFP4", True)
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp8", "nf4", FORMS[1], FORMS[-2]])
+def test_traced(form: str) -> None:
+    """A packed model goes through torch.export, scales and all, and its input has a gradient."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.randn(3, 64)
+    run_pass(RTN(form), Context(model, Structure.build(model, ((x,), {}))))
+    program = torch.export.export(model, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), model(x))
+    leaf = x.clone().requires_grad_()
+    model[0](leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, model[0].weight.sum(0).expand(3, 64), rtol=1e-4, atol=1e-4)
