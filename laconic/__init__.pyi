@@ -28,6 +28,7 @@ from .pipeline.export import export as export
 from .pipeline.inspect import inspect as inspect
 from .pipeline.load import load as load
 from .pipeline.normalize import normalize as normalize
+from .pipeline.save import save as save
 from .tasks import fetch as fetch
 
 __version__: str

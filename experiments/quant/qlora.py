@@ -26,7 +26,7 @@ def run(arm: str, seed: int, quick: bool = False) -> float:
         if arm == "nf4":
             qlora_(model, RANK)
         else:
-            qlora_(model, RANK, scheme=FP4, nested=None)
+            qlora_(model, RANK, scheme=FP4)
     more = small("chars", seed=seed + 1000, size=32 if quick else MORE)
     adapters = [p for p in model.parameters() if p.requires_grad]
     more.train(model, seed, optimizer=torch.optim.AdamW(adapters, LR), clip=0.3)

@@ -25,7 +25,10 @@ from laconic.errors import BadInput
 from laconic.nn import is_packed
 from laconic.nn.packed import _is_conv1d
 
-__all__ = ["LoRALinear", "add_lora_", "linear_layers", "load_lora_state_", "lora_layers", "lora_state", "merge_lora_"]
+__all__ = [
+    "LoRALinear", "adapt_layer_", "add_lora_", "freeze_but_adapters_", "linear_layers", "load_lora_state_",
+    "lora_layers", "lora_state", "merge_lora_",
+]  # fmt: skip
 
 PEFT_PREFIX = "base_model.model."
 
@@ -157,18 +160,31 @@ def add_lora_(
         raise BadInput(f"{type(model).__name__} has no linear layer to adapt{f': {why}' if why else ''}")
     if rank < 1:
         raise BadInput(f"rank={rank}: an adapter has a rank of at least 1")
+    for path in chosen:
+        if not isinstance(model.get_submodule(path), LoRALinear):  # else the same layer under another name
+            adapt_layer_(model, path, rank, alpha, dropout)
+    freeze_but_adapters_(model)
+    return chosen
+
+
+def adapt_layer_(
+    model: nn.Module, path: str, rank: int, alpha: float | None = None, dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> LoRALinear:  # fmt: skip
+    """Put a `LoRALinear` around one layer, under each of its names, in place; see there."""
+    base = model.get_submodule(path)
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is base]
+    layer = LoRALinear(base, rank, alpha, dropout, dtype=dtype).train(base.training)
+    for name in names:
+        model.set_submodule(name, layer)
+    return layer
+
+
+def freeze_but_adapters_(model: nn.Module) -> None:
+    """Leave the adapters of a model alone to be trained, in place."""
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()
-    made: dict[nn.Module, LoRALinear] = {}
-    for path in chosen:
-        base = model.get_submodule(path)
-        if base not in made:
-            made[base] = LoRALinear(base, rank, alpha, dropout).train(base.training)
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module in made and not path.endswith(".base"):
-            model.set_submodule(path, made[module])
-    return chosen
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

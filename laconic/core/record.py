@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.affine import split_affine
+from laconic.core.lora import adapt_layer_, lora_layers
 from laconic.errors import BadInput
-from laconic.nn import PackedParameterSpec, declare, declare_alias, fill
+from laconic.nn import PackedParameterSpec, declare, declare_alias, fill, is_packed, packed_specs
 from laconic.nn.blocks import fuse_block
 from laconic.nn.default_cache import CacheOptions, use_cache
+from laconic.nn.packed import _is_conv1d
 
 from ._renormed import renorm
 
@@ -28,7 +30,8 @@ FUSE = "fuse"
 REWRITE = "rewrite"  # values changed and structure did not: nothing to do again when an artifact is loaded
 RENORM = "renorm"
 CACHE = "cache"
-ACTIONS = (PACK, FOLD, FOLD_AFFINE, FUSE, REWRITE, RENORM, CACHE)
+ADAPT = "adapt"
+ACTIONS = (PACK, FOLD, FOLD_AFFINE, FUSE, REWRITE, RENORM, CACHE, ADAPT)
 
 
 @dataclass
@@ -39,12 +42,14 @@ class Record:
         action: "pack" (a parameter became packed), "fold_batchnorm" (a norm went into the layer before it),
             "fold_affine" (a norm went into the layers around it), "fuse" (a transformer block runs as compiled code),
             "rewrite" (a pass named in `data["pass"]` changed values only), "renorm" (norms were taken apart into the
-            layers around them, `laconic.core.renorm`) or "cache" (`generate` packs its keys and values).
-        path: of the parameter, of the layer that took the norm in, of the norm, of the block, or of what was rewritten;
-            "" for the model.
+            layers around them, `laconic.core.renorm`), "cache" (`generate` packs its keys and values) or "adapt" (a linear
+            layer got a low-rank adapter).
+        path: of the parameter, of the layer that took the norm in, of the norm, of the block, of what was rewritten, or of
+            the layer with an adapter, whose own parameters are those of PATH.base from then on; "" for the model.
         data: JSON: `spec` and `aliases` of a packed parameter, `norm` of a fold, `layers` and `becomes` of a norm that
-            is folded; `method`, `loss` and whatever the pass wants to say.
-        tensors: by suffix, what a packed parameter stores; empty when only the structure matters.
+            is folded; `rank`, `alpha`, `dropout` and `dtype` of an adapter; `method`, `loss` and whatever the pass wants to say.
+        tensors: by suffix, what a packed parameter stores, or `lora_A` and `lora_B`; empty when only the structure
+            matters.
     """
 
     action: str
@@ -72,6 +77,8 @@ class Record:
                 PackedParameterSpec.from_json(rest["spec"])
             elif record.action == CACHE:
                 CacheOptions.from_json(rest["cache"])
+            elif record.action == ADAPT and (type(rest["rank"]) is not int or rest["rank"] < 1):
+                raise ValueError(f"an adapter of rank {rest['rank']!r}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"laconic.json holds a record that does not parse: {error}") from error
         return record
@@ -103,10 +110,32 @@ def apply_records(model: nn.Module, records: Iterable[Record]) -> list[str]:
                 renorm(model, record.data, record.tensors)
             elif record.action == CACHE:
                 use_cache(model, CacheOptions.from_json(record.data["cache"]))
+            elif record.action == ADAPT:
+                _apply_adapt(model, record)
         except (AttributeError, KeyError, ValueError) as error:
             raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
         changed.append(record.path)
     return changed
+
+
+def records_of(model: nn.Module) -> list[Record]:
+    """Records of the adapters and packed parameters that a model has now, without tensors: adapters come first."""
+    records = []
+    for path, layer in lora_layers(model).items():
+        data: dict[str, Any] = {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout.p}
+        data |= {"dtype": str(layer.lora_A.dtype).removeprefix("torch."), "transposed": _is_conv1d(layer.base)}
+        records.append(Record(ADAPT, path, data))
+    aliases: dict[tuple[int, str], list[str]] = {}
+    for path, module in model.named_modules():
+        if is_packed(module):
+            held: Any = module
+            for name, (owner, own_name) in held._packed_owner.items():
+                aliases.setdefault((id(owner), own_name), []).append(f"{path}.{name}" if path else name)
+    for path, spec in packed_specs(model).items():
+        owner_path, _, name = path.rpartition(".")
+        tied = aliases.get((id(model.get_submodule(owner_path)), name), [])
+        records.append(Record(PACK, path, {"spec": spec.to_json(), "aliases": tied}))
+    return records
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -165,3 +194,12 @@ def _apply_pack(model: nn.Module, record: Record) -> None:
         module, alias_name = owner_of(model, alias)
         if module is not owner or alias_name != name:
             declare_alias(module, alias_name, owner, name)
+
+
+def _apply_adapt(model: nn.Module, record: Record) -> None:
+    data, dtype = record.data, record.data.get("dtype")
+    kind = getattr(torch, dtype) if dtype is not None else None
+    layer = adapt_layer_(model, record.path, data["rank"], data.get("alpha"), data.get("dropout", 0.0), kind)
+    with torch.no_grad():
+        for name, value in record.tensors.items():
+            getattr(layer, name).copy_(value)

@@ -303,7 +303,8 @@ def as_blocks(matrix: QuantizedMatrix, *, exact: bool = False) -> tuple[str, Arr
     k = matrix.shape[1]
     if k % 32 or k == 0 or matrix.order is not None:
         return None
-    found = _levels(matrix) if isinstance(matrix.scheme.element, Levels) else _whole(matrix, exact)
+    whole = isinstance(matrix.scheme.element, Int | Ternary | Binary)
+    found = _whole(matrix, exact) if whole else _levels(matrix)
     if found is None:
         return None
     name, raw = found

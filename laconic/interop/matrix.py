@@ -12,7 +12,7 @@ from laconic.core.record import PACK, Record
 from laconic.kernels.ops import unpack_zero
 from laconic.nn import PackedParameterSpec, pack_tensors
 from laconic.nn.packed import Packed
-from laconic.numerics import Int, Scheme, dequantize, unpack_codes
+from laconic.numerics import Codebook, Float, Int, Levels, Scheme, dequantize, unpack_codes
 
 __all__ = ["QuantizedMatrix", "spread"]
 
@@ -40,7 +40,8 @@ class QuantizedMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, k)."""
-        return self.codes.shape[0], self.codes.shape[1]
+        element = self.scheme.element
+        return self.codes.shape[0], self.codes.shape[1] * (element.dim if isinstance(element, Codebook) else 1)
 
     def values(self) -> Tensor:
         """The matrix, float32 (rows, k), its columns in their own order."""
@@ -62,8 +63,12 @@ class QuantizedMatrix:
         spec = module._packed[name]
         codes, scale, zero = module.packed_operands(name)
         order = module.packed_tensor(name, "order") if spec.order else None
+        scheme, scale = spec.scheme.plain, scale.detach()
+        if scheme.element == Float("e2m1") and spec.scheme.scale.dtype == "e8m0":
+            # Other programs know these numbers over their largest, which powers of two take up exactly.
+            scheme, scale = scheme.with_(element=Levels("fp4")), scale * Float("e2m1").numbers.largest
         return QuantizedMatrix(
-            spec.scheme, unpack_codes(codes.detach(), spec.scheme.element, spec.matrix[1]), scale.detach(),
+            scheme, unpack_codes(codes.detach(), spec.scheme.element, spec.matrix[1]), scale,
             unpack_zero(None if zero is None else zero.detach(), scale.shape[0], spec.scheme), order, spec.inputs,
         )  # fmt: skip
 
@@ -75,6 +80,8 @@ class QuantizedMatrix:
             if self.zero is None:
                 return self.codes.to(torch.int16) - self.scheme.element.levels // 2
             return self.codes.to(torch.int16) - spread(self.zero, self.shape, self.scheme).to(torch.int16)
+        if isinstance(self.scheme.element, Codebook):
+            return None
         whole = [float(level).is_integer() for level in self.scheme.element.table]
         if not all(whole):
             return None

@@ -15,18 +15,33 @@ import torch
 from torch import Tensor
 
 from laconic.kernels import native
-from laconic.numerics import Binary, Levels, Scheme, Ternary
+from laconic.numerics import Binary, Codebook, Float, Levels, Scheme, Ternary
 
-__all__ = ["ACTS", "linear", "takes_int8", "weights_of"]
+__all__ = ["ACTS", "linear", "takes", "takes_int8", "weights_of"]
 
 ACTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+TABLE = 16  # entries of a table of levels at most
 
 _ZERO = {"none": 0, "int": 1, "real": 2}
 _SCALE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def weights_of(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k: int) -> Any:
+def takes(scheme: Scheme) -> bool:
+    """Whether the kernels read what is packed so: scales that are numbers, and tables of few numbers, not of runs."""
+    element = scheme.element
+    if isinstance(element, Levels | Float) and element.levels > TABLE:
+        return False
+    return scheme.scale.plain and not (isinstance(element, Codebook) and (element.dim > 1 or element.levels > TABLE))
+
+
+def weights_of(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k: int, levels: Tensor | None = None
+) -> Any:
     """The extension's description of a packed matrix (rows, k): addresses of these tensors, which must stay alive.
+
+    Args:
+        levels: the table of a codebook, float32, which has no zero points.
 
     Raises:
         ValueError: a tensor has another type or shape than the scheme says.
@@ -39,17 +54,17 @@ def weights_of(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
     group = scheme.scale.group_of(k)
     element = scheme.element
     base3 = isinstance(element, Ternary)
-    levels = _table(element) if isinstance(element, Levels | Binary) else None
+    levels = _table(element) if isinstance(element, Levels | Float | Binary) else levels
     return native.module().Weights(
         codes.data_ptr(), codes.numel(), rows, words, scale.data_ptr(), scale.numel(), _SCALE[scale.dtype],
         scale.shape[0], zero.data_ptr() if zero is not None else 0, zero.numel() if zero is not None else 0,
         _ZERO[scheme.zero], levels.data_ptr() if levels is not None else 0, levels.numel() if levels is not None else 0,
-        scale.shape[1], group, 2 if base3 else scheme.element.bits, k, base3,
+        scale.shape[1], group, 2 if base3 else element.bits, k, base3,
     )  # fmt: skip
 
 
 @functools.cache
-def _table(element: Levels | Binary) -> Tensor:
+def _table(element: Levels | Float | Binary) -> Tensor:
     """The levels of an element, kept for the life of the process, since the extension gets their address."""
     with torch.inference_mode(False):
         return torch.tensor(element.table, dtype=torch.float32)
@@ -57,7 +72,7 @@ def _table(element: Levels | Binary) -> Tensor:
 
 def takes_int8(scheme: Scheme, k: int) -> bool:
     """Whether integer products can run: evenly spaced levels, in groups of whole words of four."""
-    if isinstance(scheme.element, Levels):
+    if isinstance(scheme.element, Levels | Float | Codebook):
         return False
     return scheme.scale.granularity != "group" or scheme.scale.groups(k) == 1 or scheme.scale.group_of(k) % 4 == 0
 
@@ -90,7 +105,11 @@ def linear(
         ValueError: shapes or types do not fit, or int8 with groups that are no multiple of 4.
     """
     k, rows = x.shape[-1], codes.shape[0]
-    w = weights_of(codes, scale, zero, scheme, k)
+    levels = None
+    if isinstance(scheme.element, Codebook):
+        assert zero is not None
+        levels, zero = zero.float().reshape(-1).contiguous(), None  # alive until the kernel is done
+    w = weights_of(codes, scale, zero, scheme, k, levels)
     m = math.prod(x.shape[:-1])
     flat = x.reshape(m, k).float().contiguous()
     out = torch.empty((m, rows), dtype=torch.float32)

@@ -1,8 +1,9 @@
 """The ops of laconic, registered with torch: `torch.ops.laconic.{linear,embedding,conv,experts,dequantize}`.
 
-Every op takes the packed weight as it lies in the artifact: `codes` (int32 words, a row per output), `scale`
-(rows, G), and, where the scheme has one, `zero` (integer zero points packed along dim 0, or real ones as they are).
-`scheme` is the string form of a `Scheme`. Later arguments come by keyword, so the signatures need not change.
+Every op takes the packed weight as it lies in the artifact: `codes` (int32 words, a row per output), `scale` (rows, G) as
+numbers, and, where the scheme has one, `zero` (integer zero points packed along dim 0, or real ones as they are, or the
+table of a codebook). `scheme` is the string form of a `Scheme` whose scales are plain (`Scheme.plain`). Later arguments
+come by keyword, so the signatures need not change.
 
 The implementation here is the reference: unpack a tile of rows, dequantize it to float32, cast, and call the float
 operation of torch. Only unpacking and dequantizing integers go through the native kernel, where it is built; both give
@@ -66,8 +67,8 @@ _library.define(
 
 
 def unpack_zero(zero: Tensor | None, rows: int, scheme: Scheme) -> Tensor | None:
-    """Zero points (rows, G), uint8 or real, of what is stored: integer ones are packed along dim 0."""
-    if zero is None or scheme.zero == "real":
+    """Zero points (rows, G), uint8 or real, of what is stored: integer ones are packed along dim 0. A table is left."""
+    if zero is None or scheme.zero != "int":
         return zero
     # clone and not contiguous(): a (groups, 1) view counts as contiguous whatever its last stride, and has no bytes.
     return unpack_codes(zero.t().clone(memory_format=torch.contiguous_format), scheme.element, rows).t().contiguous()
@@ -93,7 +94,7 @@ def _tiles(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, k:
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         s = scale[begin:end] if per_row else scale
-        z = zero[begin:end] if zero is not None and per_row else zero
+        z = zero[begin:end] if zero is not None and per_row and scheme.zero != "none" else zero
         out = _scratch(end - begin, k) if codes.device.type == "cpu" else None
         yield begin, end, dequantize_rows(codes[begin:end], s, z, scheme, k, out)
 
@@ -129,8 +130,8 @@ def _rows_of(codes: Tensor, index: Tensor, scale: Tensor, zero: Tensor | None, s
 
 def _zero_rows(zero: Tensor | None, index: Tensor, scheme: Scheme) -> Tensor | None:
     """Zero points (len(index), G) of some rows: of a table of embeddings, all of them would be most of the work."""
-    if zero is None or scheme.zero == "real":
-        return zero if zero is None else zero.index_select(0, index)
+    if zero is None or scheme.zero != "int":
+        return zero.index_select(0, index) if zero is not None and scheme.zero == "real" else zero
     bits = scheme.element.bits
     first = index.long() * bits
     word = first >> 5
@@ -174,7 +175,7 @@ _by_reference = False
 
 def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how = Scheme.parse(scheme)
-    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
+    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS and cpu_linear.takes(how)
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
         known = static_scale(inputs)  # also where it is not taken: a word that is not known is refused
         int8 = bool(inputs) and cpu_linear.takes_int8(how, x.shape[-1])
@@ -222,7 +223,7 @@ def _expert_weights(index, codes, scale, zero, scheme, out, k):
     for e in torch.unique(index).tolist():
         rows = slice(e * out, (e + 1) * out)
         s = scale[rows] if per_row else scale
-        z = zero[rows] if zero is not None and per_row else zero
+        z = zero[rows] if zero is not None and per_row and how.zero != "none" else zero
         yield e, (index == e).nonzero().squeeze(1), dequantize_rows(codes[rows], s, z, how, k)
 
 

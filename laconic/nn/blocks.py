@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from laconic.kernels import cpu_linear, native
 from laconic.kernels.inputs import static_scale
 from laconic.kernels.ops import ACTIVATIONS
+from laconic.numerics import Codebook, Scheme
 
 from .packed import Packed
 
@@ -115,6 +116,8 @@ def why_not(block: nn.Module, family: Family) -> str:
             return f"{path} is a {type(layer).__name__} with a forward of its own"
         if isinstance(layer, Packed) and layer._packed["weight"].order:
             return f"{path} has sorted inputs"
+        if isinstance(layer, Packed) and not _readable(layer._packed["weight"].scheme):
+            return f"{path} is stored as no block kernel reads it: {layer._packed['weight'].scheme}"
     if not any(isinstance(block.get_submodule(path), Packed) for path in linear):
         return "none of its linear layers is packed"
     if getattr(block, "add_cross_attention", False):
@@ -128,6 +131,11 @@ def why_not(block: nn.Module, family: Family) -> str:
         if _eps_of(norm) is None or norm.weight is None:
             return f"{path} is a {type(norm).__name__} that no kernel knows"
     return ""
+
+
+def _readable(scheme: Scheme) -> bool:
+    """Whether the kernels of blocks read weights of this scheme where they lie."""
+    return cpu_linear.takes(scheme) and not isinstance(scheme.element, Codebook)
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
@@ -279,7 +287,9 @@ class _Prepared:
             weight = self._take(linear, "weight", (torch.float32,))
             return native.module().Layer(weight.data_ptr(), weight.numel(), *weight.shape, at, linear.out_features)
         spec, owner = linear._packed["weight"], linear._packed_owner.get("weight", (linear, "weight"))
-        zero = {"none": None, "int": "zero_point", "real": "zero"}[spec.scheme.zero]
+        if not _readable(spec.scheme):
+            raise _NotTaken
+        zero = spec.scheme.beside
         dtypes = (torch.int32, torch.float32, torch.float16, torch.bfloat16)
         codes, scale = (self._take(owner[0], f"{owner[1]}_{suffix}", dtypes) for suffix in ("packed", "scale"))
         zeros = self._take(owner[0], f"{owner[1]}_{zero}", dtypes) if zero else None

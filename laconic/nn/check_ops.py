@@ -19,10 +19,13 @@ from laconic.kernels.attention import dequantize_tokens, quantize_tokens
 from laconic.kernels.binary import pack_planes, pack_signs
 from laconic.kernels.conv import pack_binary_weight, pack_int8_weight
 from laconic.numerics import (
+    NAMED,
     Binary,
     BlockSparse,
+    Codebook,
     Int,
     Levels,
+    NestedScales,
     Scale,
     Scheme,
     Sparse24,
@@ -32,6 +35,7 @@ from laconic.numerics import (
     mask_24,
     mask_blocks,
     quantize,
+    read_scales,
 )
 
 from .packed import PackedParameterSpec, pack_tensors
@@ -65,13 +69,22 @@ def _matrices(rows: int, k: int) -> Iterator[_Packed]:
         Scheme(Levels("fp4"), Scale("tensor")),
         Scheme(Ternary(), Scale("channel", dtype="float16", rule="absmean")),
         Scheme(Binary(), Scale("group", group=10, dtype="bfloat16", rule="absmean")),
+        Scheme(Levels("nf8"), Scale("group", group=16, outer=NestedScales())),
+        NAMED["nvfp4"],
+        NAMED["mxfp6"],
+        NAMED["fp8"],
+        Scheme(Codebook(3), Scale("channel", dtype="float16")),
+        Scheme(Codebook(5, 3), Scale("tensor")),
     ):
+        if scheme.refusal(k):
+            continue
         x = _noise(rows, k)
         scale, zero = affine_params(x, scheme)
         codes = quantize(x, scale, zero, scheme)
         stored = pack_tensors(PackedParameterSpec(scheme, (rows, k)), codes, scale, zero)
-        operands = stored["packed"], stored["scale"], stored.get("zero_point", stored.get("zero"))
-        yield _Packed(str(scheme), operands, dequantize(codes, scale, zero, scheme))
+        beside = None if scheme.beside is None else stored[scheme.beside]
+        operands = stored["packed"], read_scales(stored, scheme, scheme.scales(rows, k)), beside
+        yield _Packed(str(scheme.plain), operands, dequantize(codes, scale, zero, scheme))
 
 
 def _linear(op: Op) -> Iterator[Case]:

@@ -10,10 +10,11 @@ class, so paths, hooks, ties and `isinstance` stay as they were. In that subclas
   a subclass that scales or offsets and then calls `super().forward` (Gemma's scaled embedding, OPT's offset positions)
   keeps doing so.
 
-What is stored, for a parameter NAME: `NAME_packed`, `NAME_shape` and, where columns are sorted, `NAME_order` as
-parameters without gradient; `NAME_scale` and
-`NAME_zero_point` (integer) or `NAME_zero` (real) as buffers, so that `model.dtype` still tells the type that the model
-computes in. `module.to(bfloat16)`, `.half()` and `.double()` move them between devices and never change their type.
+What is stored, for a parameter NAME: integers (`NAME_packed`, `NAME_shape`, `NAME_zero_point`, where columns are sorted
+`NAME_order`, and scales in bytes or codes) as parameters without gradient; numbers (`NAME_scale`, `NAME_zero`,
+`NAME_codebook` and the like) as buffers, so that `model.dtype` still tells the type that the model computes in.
+`module.to(bfloat16)`, `.half()` and `.double()` move them between devices and never change their type. Scales that are
+stored in bytes or codes are decoded at each use: the ops see numbers.
 
 A tied parameter is packed once, by its owner; every other module that has it gets an alias (`declare_alias`) that reads
 the owner's tensors, so ties hold on disk, in memory and after every `.to(...)`.
@@ -31,10 +32,9 @@ from torch import Tensor, nn
 from laconic.kernels import binary as _binary  # noqa: F401 - registers torch.ops.laconic, as the next two do
 from laconic.kernels import conv as _conv  # noqa: F401
 from laconic.kernels.inputs import check_inputs
-from laconic.numerics import Scheme, pack_codes
+from laconic.numerics import Scheme, pack_codes, read_scales, store_scales
 
 View = Literal["rows", "last", "transposed"]
-WORDS = ("packed", "zero_point", "order", "shape")  # stored as parameters without gradient: they keep their type
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class PackedParameterSpec:
         order = {"order": (torch.int32, (self.matrix[1],))} if self.order else {}
         return {**self.scheme.tensors(*self.matrix), **order, "shape": (torch.int64, (len(self.shape),))}
 
+    @property
+    def word(self) -> str:
+        """The scheme of the operands, as the ops take it."""
+        return str(self.scheme.plain)
+
     def to_json(self) -> dict[str, Any]:
         """As records hold it."""
         stored: dict[str, Any] = {"scheme": str(self.scheme), "shape": list(self.shape), "view": self.view}
@@ -86,8 +91,10 @@ class PackedParameterSpec:
         shape = tuple(int(n) for n in data["shape"])
         if not shape or min(shape) < 0 or (view == "transposed" and len(shape) != 2):
             raise ValueError(f"shape {shape} has no {view} view as a matrix")
-        inputs = check_inputs(str(data.get("inputs", "")))
-        return PackedParameterSpec(Scheme.parse(data["scheme"]), shape, view, inputs, bool(data.get("order", False)))
+        inputs, scheme = check_inputs(str(data.get("inputs", ""))), Scheme.parse(data["scheme"])
+        if refusal := scheme.refusal(matrix_shape(shape, view)[1]):
+            raise ValueError(refusal)
+        return PackedParameterSpec(scheme, shape, view, inputs, bool(data.get("order", False)))
 
 
 def matrix_shape(shape: tuple[int, ...], view: View) -> tuple[int, int]:
@@ -115,15 +122,21 @@ def restore_view(matrix: Tensor, spec: PackedParameterSpec) -> Tensor:
 
 
 def pack_tensors(spec: PackedParameterSpec, codes: Tensor, scale: Tensor, zero: Tensor | None) -> dict[str, Tensor]:
-    """What is stored, by suffix, of unpacked codes (rows, k), scales and zero points (rows, G)."""
+    """What is stored, by suffix, of unpacked codes (rows, k), scales and zero points (rows, G), or a codebook's table.
+
+    All of them are as `affine_params` and `quantize` give them; scales are those of the whole matrix.
+    """
     element = spec.scheme.element
-    stored = {"packed": pack_codes(codes, element), "scale": scale.contiguous()}
+    stored = {"packed": pack_codes(codes, element), **store_scales(scale, spec.scheme)}
     if spec.scheme.zero == "int":
         assert zero is not None
         stored["zero_point"] = pack_codes(zero.t().contiguous(), element).t().contiguous()
     elif spec.scheme.zero == "real":
         assert zero is not None
         stored["zero"] = zero.contiguous()
+    elif spec.scheme.beside is not None:
+        assert zero is not None
+        stored[spec.scheme.beside] = zero.contiguous()
     stored["shape"] = torch.tensor(spec.shape, dtype=torch.int64)
     return stored
 
@@ -151,12 +164,15 @@ class Packed(nn.Module):
         return getattr(owner, f"{own_name}_{suffix}", None)
 
     def packed_operands(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """codes, scale, zero of the packed parameter `name`, as the ops take them."""
-        spec = self._packed[name]
-        zero = {"none": None, "int": "zero_point", "real": "zero"}[spec.scheme.zero]
+        """codes, scale, zero of the packed parameter `name`, as the ops take them under `PackedParameterSpec.word`."""
+        scheme, matrix = self._packed[name].scheme, self._packed[name].matrix
         codes, scale = self.packed_tensor(name, "packed"), self.packed_tensor(name, "scale")
+        if not scheme.scale.plain:
+            found = {suffix: self.packed_tensor(name, suffix) for suffix in scheme.scale.tensors(*scheme.scales(*matrix))}
+            stored = {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
+            scale = read_scales(stored, scheme, scheme.scales(*matrix))
         assert codes is not None and scale is not None
-        return codes, scale, self.packed_tensor(name, zero) if zero else None
+        return codes, scale, None if scheme.beside is None else self.packed_tensor(name, scheme.beside)
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001 - torch's own signature
         """Everything moves; scales and zero points keep their type, whatever the model is cast to."""
@@ -173,7 +189,7 @@ class Packed(nn.Module):
         return self
 
     def _scale_names(self) -> list[str]:
-        return [f"{name}_{suffix}" for name in self._packed for suffix in ("scale", "zero")]
+        return [f"{name}_{suffix}" for name, spec in self._packed.items() for suffix in spec.tensors()]
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{name}: {spec.scheme}" for name, spec in self._packed.items())
@@ -186,7 +202,7 @@ def _value(self: Packed, name: str) -> Tensor:
     spec = self._packed[name]
     codes, scale, zero = self.packed_operands(name)
     k = spec.matrix[1]
-    matrix = torch.ops.laconic.dequantize(codes, scale, zero, scheme=str(spec.scheme), k=k, dtype=self._packed_dtype)
+    matrix = torch.ops.laconic.dequantize(codes, scale, zero, scheme=spec.word, k=k, dtype=self._packed_dtype)
     if spec.order:
         matrix = matrix.index_select(1, self.packed_tensor(name, "order").argsort())  # type: ignore[union-attr]
     return restore_view(matrix, spec)
@@ -201,7 +217,7 @@ def _linear_forward(self: Any, input: Tensor) -> Tensor:
         input = input.index_select(-1, self.packed_tensor("weight", "order"))
     codes, scale, zero = self.packed_operands("weight")
     return torch.ops.laconic.linear(
-        input, codes, scale, zero, self.bias, None, scheme=str(spec.scheme), inputs=spec.inputs
+        input, codes, scale, zero, self.bias, None, scheme=spec.word, inputs=spec.inputs
     )
 
 
@@ -214,7 +230,7 @@ class _EmbeddingForward(nn.Embedding):
         spec = self._packed["weight"]
         codes, scale, zero = self.packed_operands("weight")
         return torch.ops.laconic.embedding(
-            input, codes, scale, zero, scheme=str(spec.scheme), dim=spec.shape[1], dtype=self._packed_dtype
+            input, codes, scale, zero, scheme=spec.word, dim=spec.shape[1], dtype=self._packed_dtype
         )
 
 
@@ -228,7 +244,7 @@ def _conv_forward(self: Any, input: Tensor, weight: Any, bias: Tensor | None) ->
         input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(self.kernel_size)
     return torch.ops.laconic.conv(
-        input, codes, scale, zero, bias, None, scheme=str(spec.scheme), kernel=self.kernel_size, stride=self.stride,
+        input, codes, scale, zero, bias, None, scheme=spec.word, kernel=self.kernel_size, stride=self.stride,
         padding=padding, dilation=self.dilation, groups=self.groups,
     )  # fmt: skip
 
@@ -261,7 +277,7 @@ def _expert_linear(self: Any, name: str, x: Tensor, index: Tensor) -> Tensor:
     if name in self._packed:
         spec = self._packed[name]
         codes, scale, zero = self.packed_operands(name)
-        return torch.ops.laconic.experts(x, index, codes, scale, zero, bias, out=spec.shape[1], scheme=str(spec.scheme))
+        return torch.ops.laconic.experts(x, index, codes, scale, zero, bias, out=spec.shape[1], scheme=spec.word)
     weight = getattr(self, name)
     y = x.new_zeros((x.shape[0], weight.shape[1]))
     for e in torch.unique(index).tolist():
@@ -393,10 +409,10 @@ def declare(module: nn.Module, name: str, spec: PackedParameterSpec, device: tor
     _retype(module, name, spec)
     for suffix, (dtype, shape) in spec.tensors().items():
         empty = torch.empty(shape, dtype=dtype, device=device)
-        if suffix in WORDS:
-            module.register_parameter(f"{name}_{suffix}", nn.Parameter(empty, requires_grad=False))
-        else:
+        if dtype.is_floating_point:
             module.register_buffer(f"{name}_{suffix}", empty)
+        else:
+            module.register_parameter(f"{name}_{suffix}", nn.Parameter(empty, requires_grad=False))
 
 
 def declare_alias(module: nn.Module, name: str, owner: nn.Module, owner_name: str) -> None:
@@ -421,10 +437,10 @@ def fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
         if value is None or value.dtype != dtype or tuple(value.shape) != shape:
             got = "nothing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}_{suffix}: expected {dtype} of shape {shape}, got {got}")
-        if suffix in WORDS:
-            module._parameters[f"{name}_{suffix}"] = nn.Parameter(value, requires_grad=False)
-        else:
+        if dtype.is_floating_point:
             module._buffers[f"{name}_{suffix}"] = value
+        else:
+            module._parameters[f"{name}_{suffix}"] = nn.Parameter(value, requires_grad=False)
 
 
 def unpack_parameter(module: nn.Module, name: str) -> Tensor:

@@ -21,10 +21,10 @@ from .blocks import (
     MXINT8,
     NVFP4,
     Blocks,
-    BlockScheme,
     quantize_blocks,
 )
-from .elements import Binary, Element, Int, Levels, Rule, Ternary, parse_element, words_per_row
+from .clusters import k_means
+from .elements import Binary, Codebook, Element, Float, Int, Levels, Rule, Ternary, parse_element, words_per_row
 from .finite import NotFinite, NotFiniteCount, check_finite, count_not_finite
 from .floats import FLOATS, MiniFloat, float_codes, float_values, mini_float, round_float
 from .hadamard import (
@@ -47,9 +47,10 @@ from .kv import (
     sink_tokens,
 )
 from .levels import TABLES
-from .nested import Nested, dynamic_map, nest
+from .nested import Nested, NestedScales, dynamic_map, nest
 from .packing import BASE3, DENSE, Layout, layout_of, pack, pack_codes, unpack, unpack_codes
-from .scheme import Scale, Scheme
+from .scales import read_scales, rounding_scales, settled, store_scales
+from .scheme import NAMED, Scale, Scheme
 from .sparse import BlockSparse, Sparse24, mask_24, mask_blocks, sparse_from
 
 __all__ = [
@@ -64,19 +65,22 @@ __all__ = [
     "MXFP8_E4M3",
     "MXFP8_E5M2",
     "MXINT8",
+    "NAMED",
     "NVFP4",
     "TABLES",
     "Binary",
-    "BlockScheme",
     "BlockSparse",
     "Blocks",
+    "Codebook",
     "Element",
+    "Float",
     "Int",
     "KVCodes",
     "Layout",
     "Levels",
     "MiniFloat",
     "Nested",
+    "NestedScales",
     "NotFinite",
     "NotFiniteCount",
     "Rule",
@@ -100,6 +104,7 @@ __all__ = [
     "hadamard",
     "hadamard_block",
     "hadamard_matrix",
+    "k_means",
     "kv_codes",
     "kv_round",
     "kv_values",
@@ -117,11 +122,15 @@ __all__ = [
     "quantize_blocks",
     "random_hadamard",
     "random_orthogonal",
+    "read_scales",
     "rotate_heads",
     "round_float",
+    "rounding_scales",
+    "settled",
     "sink_mask",
     "sink_tokens",
     "sparse_from",
+    "store_scales",
     "unpack",
     "unpack_base3",
     "unpack_codes",

@@ -2,7 +2,8 @@
 
     q = clamp(round(x / s) + z, 0, 2^b - 1)          x^ = s * (q - z)
 
-and by a table of levels for the other elements (`codebook.py`), x^ = s T[q].
+and by a table of levels for the other elements (`codebook.py`), x^ = s T[q]; a `Codebook` has a table of its own, which
+stands here where the others have zero points.
 
 Conventions, each tested:
 - symmetric (`zero="none"`): z = 2^(b-1), s = 2 amax / (2^b - 1) clipped so that both ends are used (the range
@@ -13,7 +14,9 @@ Conventions, each tested:
 - rounding is to nearest, ties to even (torch.round), or stochastic: floor(x + u), u ~ U[0, 1) from an
   explicit generator.
 - scales are rounded to their storage type before codes are computed, and a scale that would round to zero or
-  to infinity there raises by name rather than spoil the tensor.
+  to infinity there raises by name rather than spoil the tensor. Scales that are stored in a code of their own are given as
+  they were found, 0 for a group of zeros; `quantize` and `dequantize` work with what a file gives back (`scales.py`), and
+  so have to see the scales of the whole matrix.
 - inf and nan are refused by name.
 """
 
@@ -23,9 +26,15 @@ import torch
 from torch import Tensor
 
 from . import codebook
-from .elements import Binary, Int, Ternary
-from .finite import check_finite
+from .blocks import block_scale
+from .elements import Binary, Codebook, Float, Int, Ternary
+from .finite import ScaleOutOfRange, check_finite
+from .scales import rounding_scales, settled, store_scales
 from .scheme import Scheme
+
+__all__ = [
+    "ScaleOutOfRange", "affine_params", "dequantize", "fake_quantize", "grouped", "params_from_range", "quantize",
+]  # fmt: skip
 
 # Scale search (GPTQ's): p = 1 - i/GRID for i < SHRINK * GRID, least sum |x^ - x|^NORM.
 MSE_GRID = 100
@@ -39,10 +48,6 @@ SEARCH = 1 << 17
 SLACK = 1e-4
 
 
-class ScaleOutOfRange(ValueError):
-    """A scale cannot be stored in the scheme's dtype (underflow or overflow): use float32 scales here."""
-
-
 def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of every group of a matrix.
 
@@ -53,18 +58,33 @@ def affine_params(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tens
 
     Returns:
         scale (rows, G) in the scale dtype (or (1, 1) per tensor) and zero: None, uint8 (rows, G), or real
-        (rows, G).
+        (rows, G); of a codebook its table (2^width, dim).
 
     Raises:
         NotFinite: inf or nan in `x`.
         ScaleOutOfRange: a scale does not fit in the scale dtype.
+        ValueError: a row is not made of whole runs, which the element takes.
     """
     check_finite(x, name)
+    if isinstance(scheme.element, Codebook):
+        if refusal := scheme.refusal(x.shape[1]):
+            raise ValueError(f"{name}: {refusal}")
+        scale = _group_scales(x, scheme, name)[0]
+        wide = _expanded(settled(scale, scheme), None, scheme, x.shape[1], 0, x.shape[0])[0]
+        return scale, codebook.table_for(x.float() / wide, scheme.element).to(scheme.scale.torch_dtype)
+    found = _group_scales(x, scheme, name)
+    if scheme.scale.dtype == "e4m3":
+        store_scales(found[0], scheme, name)  # refuses by name what `quantize` would refuse without
+    return found
+
+
+def _group_scales(x: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor | None]:
+    """`affine_params` without the table of a codebook."""
     k = x.shape[1]
     tail = k % scheme.scale.group_of(k) if scheme.scale.granularity == "group" else 0
     if tail and scheme.scale.rule != "minmax":
         # The padding of a short group would count in quantiles and errors.
-        parts = [affine_params(x[:, : k - tail], scheme, name), affine_params(x[:, k - tail :], scheme, name)]
+        parts = [_group_scales(x[:, : k - tail], scheme, name), _group_scales(x[:, k - tail :], scheme, name)]
         zeros = [zero for _, zero in parts if zero is not None]
         return torch.cat([scale for scale, _ in parts], dim=1), torch.cat(zeros, dim=1) if zeros else None
     groups = grouped(x, scheme)
@@ -88,8 +108,9 @@ def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "te
     """
     if isinstance(scheme.element, Binary):
         raise ValueError(f"{name}: the scale of a binary element is the mean of its sizes, and follows from no range")
-    scale, stored, zero = _params(low, high, scheme)
-    _check_storable(_storable(stored), scale, scheme, name)
+    scale, stored, zero = _params(low, high, scheme, name)
+    coded = scheme.scale.outer is not None or scheme.scale.dtype == "e4m3"
+    _check_storable(torch.isfinite(stored) if coded else _storable(stored), scale, scheme, name)
     if zero is not None and scheme.zero == "real" and not bool(torch.isfinite(zero).all()):
         raise ScaleOutOfRange(f"{name}: a real zero point does not fit in {scheme.scale.dtype}; store it as float32")
     return stored, zero
@@ -98,11 +119,25 @@ def params_from_range(low: Tensor, high: Tensor, scheme: Scheme, name: str = "te
 def quantize(
     x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1), or nearest levels."""
+    """Codes (rows, k) uint8 of a matrix under given scales: q = clamp(round(x / s) + z, 0, 2^b - 1), or nearest levels.
+
+    Of a codebook there is one code for each run: (rows, k / dim).
+    """
     rows, k = x.shape
+    scale = rounding_scales(scale, scheme)
+    if isinstance(scheme.element, Codebook):
+        assert zero is not None
+        found = torch.empty((rows, k // scheme.element.dim), dtype=torch.uint8, device=x.device)
+        for begin, end in _row_chunks(rows, k):
+            s, _ = _expanded(scale, None, scheme, k, begin, end)
+            found[begin:end] = codebook.runs_of(x[begin:end].float() / s, zero)
+        return found
     codes = torch.empty((rows, k), dtype=torch.uint8, device=x.device)
     for begin, end in _row_chunks(rows, k):
         s, z = _expanded(scale, zero, scheme, k, begin, end)
+        if isinstance(scheme.element, Float):
+            codes[begin:end] = codebook.patterns_of(x[begin:end], s, scheme.element, scheme.rounding)
+            continue
         if not isinstance(scheme.element, Int):
             codes[begin:end] = codebook.codes_of(x[begin:end], s, scheme.element)
             continue
@@ -118,10 +153,16 @@ def quantize(
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """Values (rows, k) float32 of codes: x^ = s * (q - z), or s T[q]."""
     rows, k = codes.shape
+    if isinstance(scheme.element, Codebook):
+        k *= scheme.element.dim
+    scale = settled(scale, scheme)
     out = torch.empty((rows, k), dtype=torch.float32, device=codes.device)
     for begin, end in _row_chunks(rows, k):
-        s, z = _expanded(scale, zero, scheme, k, begin, end)
-        if isinstance(scheme.element, Int):
+        s, z = _expanded(scale, None if isinstance(scheme.element, Codebook) else zero, scheme, k, begin, end)
+        if isinstance(scheme.element, Codebook):
+            assert zero is not None
+            out[begin:end] = codebook.values_of_runs(codes[begin:end], s, zero)
+        elif isinstance(scheme.element, Int):
             out[begin:end] = (codes[begin:end].float() - z) * s
         else:
             out[begin:end] = codebook.values_of(codes[begin:end], s, scheme.element)
@@ -150,10 +191,15 @@ def grouped(x: Tensor, scheme: Scheme) -> Tensor:
     return x.reshape(rows, scheme.scale.groups(k), g)
 
 
-def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
+def _params(low: Tensor, high: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Tensor, Tensor, Tensor | None]:
     """Scale in float32 and as stored, and zero point, of value ranges; not checked."""
+    if isinstance(scheme.element, Float):
+        scale = block_scale(torch.maximum(high, -low).clamp(min=0), scheme, name=name)
+        return scale, scale.to(scheme.scale.torch_dtype), None
     if not isinstance(scheme.element, Int):
         scale = codebook.range_scale(low, high)
+        if scheme.scale.outer is not None:
+            scale = torch.where(torch.maximum(high, -low) > 0, scale, 0.0)
         return scale, scale.to(scheme.scale.torch_dtype), None
     top = scheme.element.levels - 1
     low, high = low.float(), high.float()
@@ -161,11 +207,12 @@ def _params(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, 
         low, high = low.clamp(max=0), high.clamp(min=0)
     span = 2 * torch.maximum(high, -low) if scheme.zero == "none" else high - low
     scale = span / top
-    scale = torch.where(span == 0, torch.ones_like(scale), scale)
+    if scheme.scale.outer is None:
+        scale = torch.where(span == 0, torch.ones_like(scale), scale)
     stored = scale.to(scheme.scale.torch_dtype)
     if scheme.zero == "none":
         return scale, stored, None
-    zero = -low / stored.float()
+    zero = -low / torch.where(stored == 0, 1, stored).float()
     if scheme.zero == "int":
         return scale, stored, zero.round().clamp(0, top).nan_to_num(0).to(torch.uint8)
     return scale, stored, zero.to(scheme.scale.torch_dtype)
@@ -253,6 +300,7 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     usable = _storable(stored)
     if zero is not None and scheme.zero == "real":
         usable &= torch.isfinite(zero)
+    assert not isinstance(scheme.element, Codebook)  # its table is not known before its scales
     grids = (
         _Grids(scheme, stored.float(), None if zero is None else zero.float())
         if isinstance(scheme.element, Int)

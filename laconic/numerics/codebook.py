@@ -1,4 +1,4 @@
-"""Elements whose codes index a table of levels: their scales, the nearest level, and back.
+"""Elements whose codes index a table: their scales, the nearest level, and back.
 
     q = the code of the level nearest to x / s         x^ = s T[q],  max |T| = 1
 
@@ -6,6 +6,8 @@ By element:
 - levels (nf4, fp4): on a midpoint the lower level; of two codes for one level the first.
 - ternary: q - 1 = clamp(round(x / s), -1, 1), ties to even, so that half a scale is 0 (BitNet b1.58, arXiv 2402.17764,
   for s = mean |x|).
+- floats: the nearest number, ties by the scheme's rounding, saturated; the quotient x / s is taken in float64.
+- codebook: of runs of numbers the nearest entry; the table C is found by k-means of what the scales leave of the tensor.
 - binary: the sign, 0 counting as positive, whatever the scale; mean |x| is the scale of least squared error
   (XNOR-Net, arXiv 1603.05279).
 
@@ -25,7 +27,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .elements import Binary, Coded, Ternary
+from .clusters import k_means, nearest_vectors
+from .elements import Binary, Codebook, Coded, Float, Ternary
+from .floats import float_codes, round_float
+
+SAMPLE = 1 << 16  # runs that a table is found from: more change its entries little
 
 
 def range_scale(low: Tensor, high: Tensor) -> Tensor:
@@ -34,7 +40,7 @@ def range_scale(low: Tensor, high: Tensor) -> Tensor:
     return torch.where(size == 0, torch.ones_like(size), size)
 
 
-def absmean_scale(groups: Tensor, element: Coded) -> Tensor:
+def absmean_scale(groups: Tensor, element: Coded | Codebook) -> Tensor:
     """s = mean |x|, float32 (...), of groups (..., g); of all-zero ones 1, of binary elements 0."""
     if groups.shape[-1] == 0:
         mean = torch.zeros(groups.shape[:-1], device=groups.device)
@@ -75,6 +81,37 @@ def codes_of(x: Tensor, scale: Tensor, element: Coded) -> Tensor:
         return v.round_().clamp_(-1, 1).add_(1).to(torch.uint8)
     midpoints, codes = _ordered(element.table, x.device)
     return codes[torch.bucketize(v.contiguous(), midpoints, out_int32=True)]
+
+
+def patterns_of(x: Tensor, scale: Tensor, element: Float, rounding: str) -> Tensor:
+    """Bit patterns uint8 of the floats nearest to x / s: `codes_of` for floats, whose ties go by a rounding."""
+    numbers, way = element.numbers, "even" if rounding == "nearest" else rounding
+    return float_codes(round_float(x.double() / scale.double(), numbers, way), numbers)  # type: ignore[arg-type]
+
+
+def table_for(v: Tensor, element: Codebook) -> Tensor:
+    """C (2^width, dim) float32 for a matrix (rows, K) of what scales leave: k-means of runs from all over it."""
+    runs = v.reshape(-1, element.dim)
+    if not len(runs):
+        return torch.zeros(element.levels, element.dim, device=v.device)
+    if len(runs) > SAMPLE:
+        at = (torch.arange(SAMPLE, dtype=torch.float64) * (len(runs) / SAMPLE)).long()
+        runs = runs[at.to(v.device)]
+    found = k_means(runs, None, element.levels)
+    return found.sort(0).values.float() if element.dim == 1 else found.float()
+
+
+def runs_of(v: Tensor, table: Tensor) -> Tensor:
+    """Codes (rows, K / dim) uint8 of a matrix (rows, K) of what scales leave."""
+    wide = table.float()
+    return nearest_vectors(v.reshape(-1, wide.shape[1]), wide).view(v.shape[0], -1).to(torch.uint8)
+
+
+def values_of_runs(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """x^ = s C[q] (rows, K) float32 of codes (rows, K / dim) under scales that broadcast against it."""
+    rows, runs = codes.shape
+    values = table.float().index_select(0, codes.reshape(-1).int())
+    return values.view(rows, runs * table.shape[1]).mul_(scale)
 
 
 def values_of(codes: Tensor, scale: Tensor, element: Coded) -> Tensor:

@@ -1,18 +1,23 @@
-"""What a stored element is: integers, named level tables, ternary and binary numbers.
+"""What a stored element is: integers, small floats, named level tables, ternary and binary numbers, codebooks.
 
 An element says which codes there are (unsigned, from 0 to `levels - 1`), what they cost, and how they print in the
 string form of a `Scheme`. `Int` goes by an affine map, with or without a zero point (`affine.py`); the codes of all
-others index a short table, x^ = s T[q] (`codebook.py`). How codes lie in bytes is said in `packing.py`.
+others index a table, x^ = s T[q] (`codebook.py`): one that is known by the element's name, or, of a `Codebook`, one that
+each tensor has for itself, whose entries may be vectors. How codes lie in bytes is said in `packing.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Literal
 
+import torch
+
+from .floats import FLOATS, MiniFloat, float_values, mini_float
 from .levels import TABLES
 
-Rule = Literal["minmax", "percentile", "mse", "absmean"]
+Rule = Literal["minmax", "percentile", "mse", "absmean", "floor", "ct_round", "ceil"]
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,90 @@ class Binary:
         return "binary"
 
 
-Element = Int | Levels | Ternary | Binary
-Coded = Levels | Ternary | Binary  # the elements whose codes index a table
+@dataclass(frozen=True)
+class Float:
+    """A float of a few bits by its name in `floats.py`: x^ = s f, the codes are bit patterns; prints as `floate2m1`."""
+
+    name: str
+
+    rules: ClassVar[tuple[Rule, ...]] = ("minmax", "floor", "ct_round", "ceil")
+
+    def __post_init__(self) -> None:
+        mini_float(self.name)
+
+    @property
+    def numbers(self) -> MiniFloat:
+        """The float."""
+        return mini_float(self.name)
+
+    @property
+    def table(self) -> tuple[float, ...]:
+        """The number of each bit pattern; some have nan or infinity, which rounding never gives."""
+        return _patterns(self.name)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.numbers.bits
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits
+
+    def words(self, k: int) -> int:
+        """32-bit words of a row of `k` codes, dense."""
+        return words_per_row(k, self.bits)
+
+    def __str__(self) -> str:
+        return f"float{self.name}"
+
+
+@cache
+def _patterns(name: str) -> tuple[float, ...]:
+    numbers = mini_float(name)
+    return tuple(float_values(torch.arange(1 << numbers.bits, dtype=torch.uint8), numbers).tolist())
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Runs of `dim` numbers of a row by codes of `width` bits into a table C that is stored with the tensor.
+
+    x^ = s C[q], C (2^width, dim). Rows are whole runs. It costs width / dim bits a number, and its table; prints as
+    `codebook4`, or with runs of 2 as `codebook8x2`.
+    """
+
+    width: int
+    dim: int = 1
+
+    rules: ClassVar[tuple[Rule, ...]] = ("minmax", "absmean")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.width, int) or not 1 <= self.width <= 8:
+            raise ValueError(f"Codebook(width={self.width!r}): codes have 1 to 8 bits")
+        if not isinstance(self.dim, int) or self.dim < 1:
+            raise ValueError(f"Codebook(dim={self.dim!r}): a run has at least one number")
+
+    @property
+    def bits(self) -> float:
+        """Bits of codes for each number."""
+        return self.width if self.dim == 1 else self.width / self.dim
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.width
+
+    def words(self, k: int) -> int:
+        """32-bit words of a row of `k` numbers, dense."""
+        return words_per_row(-(-k // self.dim), self.width)
+
+    def __str__(self) -> str:
+        return f"codebook{self.width}" + (f"x{self.dim}" if self.dim > 1 else "")
+
+
+Element = Int | Levels | Ternary | Binary | Float | Codebook
+Coded = Levels | Ternary | Binary | Float  # the elements whose codes index a table that all tensors share
 
 
 def words_per_row(k: int, bits: int) -> int:
@@ -132,5 +219,12 @@ def parse_element(text: str) -> Element:
         return Levels(text.removeprefix("levels"))
     if text.startswith("int") and text[3:].isdigit():
         return Int(int(text[3:]))
-    named = ", ".join(f"levels{name}" for name in TABLES)
-    raise ValueError(f"element {text!r} is not known (int2 to int8, {named}, ternary, binary)")
+    if text.startswith("float"):
+        return Float(text.removeprefix("float"))
+    width, _, dim = text.removeprefix("codebook").partition("x")
+    if text.startswith("codebook") and width.isdigit() and (dim or "1").isdigit():
+        return Codebook(int(width), int(dim or 1))
+    named = ", ".join([*(f"levels{name}" for name in TABLES), *(f"float{name}" for name in FLOATS)])
+    raise ValueError(
+        f"element {text!r} is not known (int2 to int8, {named}, ternary, binary, codebook4, codebook8x2 and the like)"
+    )

@@ -1,4 +1,4 @@
-"""Whether a tensor holds inf or nan, which no code stands for, and how many."""
+"""Whether a tensor holds inf or nan, which no code stands for, and how many; and the errors of what cannot be stored."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NotFinite", "NotFiniteCount", "check_finite", "count_not_finite"]
+__all__ = ["NotFinite", "NotFiniteCount", "ScaleOutOfRange", "check_finite", "count_not_finite"]
 
 CHUNK = 1 << 24  # elements looked at together: bounds the memory of the masks
 
 
 class NotFinite(ValueError):
     """The tensor holds inf or nan, which no integer code stands for."""
+
+
+class ScaleOutOfRange(ValueError):
+    """A scale cannot be stored in the scheme's dtype (underflow or overflow): use float32 scales here."""
 
 
 class NotFiniteCount(NamedTuple):

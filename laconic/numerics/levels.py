@@ -27,7 +27,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BNB = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
-def _float32(x: float) -> float:
+def float32(x: float) -> float:
+    """The float32 nearest to x."""
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 
@@ -51,7 +52,7 @@ def normal_float(bits: int, offset: float = OFFSET, *, extra: bool = True) -> tu
     counts = {-1: half - 1, 1: half if extra else half - 1}
     sides = {sign: [quantile(offset - i * (offset - 0.5) / n) for i in range(n)] for sign, n in counts.items()}
     levels = (*(-x for x in sides[-1]), 0.0, *reversed(sides[1]))
-    return tuple(_float32(x / quantile(offset)) for x in levels)
+    return tuple(float32(x / quantile(offset)) for x in levels)
 
 
 TABLES: dict[str, tuple[float, ...]] = {
@@ -59,6 +60,6 @@ TABLES: dict[str, tuple[float, ...]] = {
     "nf3": normal_float(3),
     "nf8": normal_float(8),
     "nf4": _NF4,
-    "fp4": tuple(_float32(sign * x / 6) for sign in (1, -1) for x in _E2M1),
-    "fp4_bnb": tuple(_float32(sign * x / 12) for sign in (1, -1) for x in _BNB),
+    "fp4": tuple(float32(sign * x / 6) for sign in (1, -1) for x in _E2M1),
+    "fp4_bnb": tuple(float32(sign * x / 12) for sign in (1, -1) for x in _BNB),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .base3 import pack_base3, unpack_base3
-from .elements import Element, Ternary, words_per_row
+from .elements import Codebook, Element, Ternary, words_per_row
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine in reach
     raise ImportError("laconic stores little-endian words and has not been built for big-endian machines")
@@ -47,12 +47,14 @@ def layout_of(element: Element) -> Layout:
 def pack_codes(codes: Tensor, element: Element) -> Tensor:
     """Words (rows, element.words(k)) int32 of the codes (rows, k) uint8 of an element, in its layout.
 
+    A codebook has one code for each run of numbers: (rows, k / dim).
+
     Raises:
         ValueError: a code is not one of the element's, or the shape or type is another.
     """
     if isinstance(element, Ternary):
         return pack_base3(codes)
-    return pack(codes, element.bits)
+    return pack(codes, element.width if isinstance(element, Codebook) else element.bits)
 
 
 def unpack_codes(words: Tensor, element: Element, k: int) -> Tensor:
@@ -63,6 +65,8 @@ def unpack_codes(words: Tensor, element: Element, k: int) -> Tensor:
     """
     if isinstance(element, Ternary):
         return unpack_base3(words, k)
+    if isinstance(element, Codebook):
+        return unpack(words, element.width, -(-k // element.dim))
     return unpack(words, element.bits, k)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from laconic import __version__
-from laconic.core.record import CACHE, FOLD, PACK, Record, apply_records
+from laconic.core.record import ADAPT, CACHE, FOLD, PACK, Record, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
 from laconic.numerics import Int, Scheme
@@ -31,18 +31,20 @@ from laconic.pipeline.source_folder import EXTRAS
 from laconic.pipeline.tensorfile import CHUNK, SINGLE
 
 __all__ = [
-    "CONFIG", "MANIFEST", "METHOD", "VERSION", "Manifest", "check_filled", "quantization_config", "read_json",
-    "read_manifest", "records_from_json", "structural", "write_artifact_files",
+    "CONFIG", "MANIFEST", "METHOD", "RECORDS", "VERSION", "Manifest", "check_filled", "describe_artifact", "float_path",
+    "quantization_config", "read_json", "read_manifest", "records_from_json", "structural", "write_artifact_files",
 ]  # fmt: skip
 
 VERSION = 1
 MANIFEST, CONFIG, RECIPE, READER = "laconic.json", "config.json", "recipe.yaml", "read.py"
 METHOD = "laconic"
+RECORDS = "_laconic_records"  # attribute of a loaded model that is none of transformers': what was done to it
 # What is hashed, as it is a function of model, data and seed; reports and timings stand outside.
 HASHED = (SINGLE, CONFIG, RECIPE, READER, *EXTRAS, "*.py")
 # What `apply_records` needs of a record; losses, methods and timings stay in laconic.json.
 STRUCTURAL = (
     "action", "path", "spec", "aliases", "norm", "norms", "shapes", "untie", "untied", "layers", "becomes", "cache",
+    "rank", "alpha", "dropout", "transposed",
 )  # fmt: skip
 
 
@@ -100,13 +102,51 @@ def write_artifact_files(
     source.save_extras(target)
     model = source.skeleton()
     cls, dtype = type(model), _compute_dtype(model)  # before a packed root becomes another class
+    adapted = {record.path for record in records if record.action == ADAPT}
     said = []
     for record in records:
         row = record.to_json()
         if record.action == PACK:
-            row.setdefault("dtype", _short(source.spec(record.path)[0]))
+            row.setdefault("dtype", _short(source.spec(float_path(record.path, adapted))[0]))
         said.append(row)
     apply_records(model, (Record(r.action, r.path, r.data) for r in records))
+    described = {"kind": source.kind, "class": cls, "dtype": dtype}
+    describe_artifact(
+        target, model, records, said, described, ledger=ledger, recipe_text=recipe_text, decision_hash=decision_hash,
+        versions=versions,
+    )  # fmt: skip
+
+
+def float_path(path: str, adapted: Collection[str]) -> str:
+    """The path that a packed parameter had before its layer got an adapter."""
+    layer, _, name = path.rpartition(".")
+    inner = layer.removesuffix(".base")
+    return f"{inner}.{name}" if layer != inner and inner in adapted else path
+
+
+def describe_artifact(
+    target: Path,
+    model: nn.Module,
+    records: Sequence[Record],
+    said: Sequence[Mapping[str, Any]],
+    described: Mapping[str, Any],
+    *,
+    ledger: Iterable[Mapping[str, Any]] = (),
+    recipe_text: str | None = None,
+    decision_hash: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> None:
+    """Complete a folder that holds tensors, and a config where the model has one, from the model as it is compressed.
+
+    Args:
+        target: the folder.
+        model: with the records applied; its values are not looked at.
+        records: what was done to it, in order.
+        said: the same as rows of JSON, with what is to be said beside.
+        described: `kind`, `class` (a type) and `dtype` of the float model.
+        ledger, recipe_text, decision_hash, versions: see `write_artifact_files`.
+    """
+    cls, dtype = described["class"], described["dtype"]
     if (target / CONFIG).is_file():
         config = read_json(target / CONFIG)
         # Without it, transformers would take the type of the first scale that it meets.
@@ -122,12 +162,12 @@ def write_artifact_files(
         "version": VERSION,
         "laconic": __version__,
         "model": {
-            "kind": source.kind,
+            "kind": described["kind"],
             "class": f"{cls.__module__}.{cls.__qualname__}",
             "architectures": [cls.__name__],
             "dtype": dtype,
         },
-        "records": said,
+        "records": [dict(row) for row in said],
         "ledger": [dict(row) for row in ledger],
         "decision": decision_hash,
         "versions": dict(versions or {}),
@@ -155,6 +195,8 @@ def structural(record: Record) -> dict[str, Any]:
     data = {key: value for key, value in record.to_json().items() if key in STRUCTURAL}
     if record.action == PACK:
         data.setdefault("aliases", [])
+    if record.action == ADAPT and "dtype" in record.data:
+        data["dtype"] = record.data["dtype"]
     return data
 
 

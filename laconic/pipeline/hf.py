@@ -8,7 +8,7 @@ here a record that fits no module of the class, and a tensor that the file lacks
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,29 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from laconic.core.record import CACHE, FOLD, FOLD_AFFINE, FUSE, PACK, RENORM, Record, apply_records
+from laconic.core.lora import freeze_but_adapters_
+from laconic.core.record import (
+    ADAPT,
+    CACHE,
+    FOLD,
+    FOLD_AFFINE,
+    FUSE,
+    PACK,
+    RENORM,
+    Record,
+    apply_records,
+    records_of,
+)
 from laconic.errors import BadInput
 from laconic.nn import declare_alias, is_packed, packed_specs, storage_names
-from laconic.pipeline.artifact import METHOD, VERSION, check_filled, quantization_config, records_from_json
+from laconic.pipeline.artifact import (
+    METHOD,
+    VERSION,
+    check_filled,
+    float_path,
+    quantization_config,
+    records_from_json,
+)
 from laconic.pipeline.source_weights import few
 from laconic.pipeline.tensorfile import TensorReader
 
@@ -90,6 +109,8 @@ class LaconicQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_filled(model)
+        if any(record.action == ADAPT for record in self._fitted):
+            freeze_but_adapters_(model)
         attach(model, self._fitted, self)
         return model
 
@@ -129,7 +150,7 @@ def attach(model: Any, records: Iterable[Record], quantizer: HfQuantizer | None 
     records = list(records)
     before = [record for record in records if record.action in (FOLD, FOLD_AFFINE, RENORM)]
     after = [record for record in records if record.action in (FUSE, CACHE)]
-    config = LaconicConfig(**quantization_config(model, [*before, *_pack_records(model), *after]))
+    config = LaconicConfig(**quantization_config(model, [*before, *records_of(model), *after]))
     if quantizer is None:
         quantizer = LaconicQuantizer(config, pre_quantized=True)
     quantizer.quantization_config = config
@@ -151,7 +172,8 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
     Raises:
         BadInput: a record belongs to the base model and fits no module of it.
     """
-    fitted = []
+    records, fitted = list(records), []
+    adapted = {record.path for record in records if record.action == ADAPT}
     for record in records:
         if record.action == CACHE:
             fitted += [record] if model.can_generate() else []
@@ -160,10 +182,10 @@ def fit_records(model: Any, records: Iterable[Record]) -> list[Record]:
             fitted += _fit_norms(model, record)
             continue
         packs = record.action == PACK
-        path = _fitted(model, record.path, packs)
+        path = _fitted(model, record.path, packs, adapted)
         data = dict(record.data)
         others = data.get("aliases", ()) if packs else (data["norm"],) if record.action == FOLD else ()
-        found = [name for other in others if (name := _fitted(model, other, packs)) is not None]
+        found = [name for other in others if (name := _fitted(model, other, packs, adapted)) is not None]
         if path is None and found:
             raise BadInput(
                 f"{type(model).__name__} has {found[0]}, which goes with {record.path}, and lacks that: load "
@@ -201,8 +223,14 @@ def _fit_norms(model: Any, record: Record) -> list[Record]:
     return [Record(record.action, parameter(record.path) or record.path, data)] if changes else []
 
 
-def _fitted(model: Any, path: str, parameter: bool) -> str | None:
-    """The path of a parameter, or else a module, as `model` has it; None if `model` lacks the head it is in."""
+def _fitted(model: Any, path: str, parameter: bool, adapted: Collection[str] = ()) -> str | None:
+    """The path of a parameter, or else a module, as `model` has it; None if `model` lacks the head it is in.
+
+    A parameter of a layer that gets an adapter has a path that is not there yet.
+    """
+    if parameter and (before := float_path(path, adapted)) != path:
+        layer, _, name = (_fitted(model, before, True) or "").rpartition(".")
+        return f"{layer}.base.{name}" if layer else None
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     inner = path.removeprefix(prefix)
     for candidate in dict.fromkeys((path, inner, prefix + path)):
@@ -257,21 +285,6 @@ def _packed_owner(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     if not is_packed(module) or name not in module._packed:
         return None
     return module._packed_owner.get(name, (module, name))
-
-
-def _pack_records(model: nn.Module) -> list[Record]:
-    """Records of the packed parameters that a model has now, aliases that its class added included."""
-    aliases: dict[tuple[int, str], list[str]] = {}
-    for path, module in model.named_modules():
-        if is_packed(module):
-            for name, (owner, own_name) in module._packed_owner.items():
-                aliases.setdefault((id(owner), own_name), []).append(f"{path}.{name}" if path else name)
-    records = []
-    for path, spec in packed_specs(model).items():
-        owner, _, name = path.rpartition(".")
-        tied = aliases.get((id(model.get_submodule(owner)), name), [])
-        records.append(Record(PACK, path, {"spec": spec.to_json(), "aliases": tied}))
-    return records
 
 
 def _set_kept_dtypes(model: Any, dtype: torch.dtype | None) -> None:

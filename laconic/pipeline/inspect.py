@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from laconic.errors import BadInput
 from laconic.numerics import count_not_finite
 from laconic.tasks import TASKS, own_model
 
+from .artifact import MANIFEST, read_manifest
 from .source import resolve
 
 
@@ -28,18 +32,24 @@ def inspect(
 ) -> dict[str, Any]:
     """Per parameter: bytes, multiply-adds and milliseconds of its module on the example inputs, and outliers.
 
+    Of an artifact: how each parameter is stored, and its bytes, as its ledger has them; nothing is run.
+
     Args:
-        model: as in `compress`; None where `task` brings its own.
+        model: as in `compress`, or the folder of an artifact; None where `task` brings its own.
         task: a task by name, for its model.
         trust_remote_code, allow_pickle, example: as in `resolve`.
 
     Returns:
-        A record with `model`, `units` (name, op, bytes, macs, ms, outlier_ratio, reason) and `notes`.
+        A record with `model`, `units` (name, op, bytes, macs, ms, outlier_ratio, reason) and `notes`; the units of an
+        artifact have a `scheme` instead of what is measured.
 
     Raises:
         BadInput: there is no such model or task, or both were named, or the model's forward fails.
     """
-    source = resolve(_named(model, task), example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    model = _named(model, task)
+    if isinstance(model, (str, os.PathLike)) and (Path(model) / MANIFEST).is_file():
+        return _of_artifact(Path(model))
+    source = resolve(model, example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     net = source.load()
     args, kwargs = source.example()
     structure = Structure.build(net, (args, kwargs))
@@ -67,6 +77,22 @@ def inspect(
         "model": {"name": source.name, "kind": source.kind, "class": type(net).__name__, "parameters": sum(u.numel for u in units)},
         "size_before": source.size_before, "units": rows, "notes": [*broken, *source.notes, *structure.notes],
     }  # fmt: skip
+
+
+def _of_artifact(folder: Path) -> dict[str, Any]:
+    """The ledger of an artifact as units."""
+    manifest = read_manifest(folder)
+    rows = [
+        {
+            "name": row["name"], "kind": "parameter", "op": "packed" if row["scheme"] else "float", "bytes": row["bytes"],
+            "bytes_before": getattr(torch, row["dtype"]).itemsize * math.prod(row["shape"]), "scheme": row["scheme"],
+            "reason": row["reason"],
+        }
+        for row in manifest.ledger
+    ]  # fmt: skip
+    said = {"name": folder.resolve().name, "kind": manifest.model["kind"], "class": manifest.model["class"]}
+    said["parameters"] = sum(math.prod(row["shape"]) for row in manifest.ledger)
+    return {"model": said, "size_before": sum(row["bytes_before"] for row in rows), "units": rows, "notes": []}
 
 
 def _named(model: Any, task: str | None) -> Any:

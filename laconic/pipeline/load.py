@@ -2,6 +2,8 @@
 
 model = laconic.load("out")                      # a Hugging Face model, or one of laconic's own
 model = laconic.load("out", into=MyModel())      # any other
+
+Where the artifact has adapters, they are the only parameters that take gradients.
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.core.record import PACK, apply_records
+from laconic.core.lora import freeze_but_adapters_
+from laconic.core.record import ADAPT, PACK, apply_records
 from laconic.errors import BadInput
 from laconic.nn import packed_specs
-from laconic.pipeline.artifact import CONFIG, MANIFEST, Manifest, check_filled, read_json, read_manifest
+from laconic.pipeline.artifact import (
+    CONFIG,
+    MANIFEST,
+    RECORDS,
+    Manifest,
+    check_filled,
+    read_json,
+    read_manifest,
+)
 from laconic.pipeline.source_base import all_tensors, first_line, put, stored_names, tensor_owners
 from laconic.pipeline.source_weights import few
 from laconic.pipeline.tensorfile import SINGLE, TensorReader
@@ -80,10 +91,14 @@ def load(
             model = _into(_own_model(manifest), manifest, dtype)
         _fill(model, reader, manifest, device, cast=dtype is not None, mapped=mmap)
     check_filled(model)
+    if any(record.action == ADAPT for record in manifest.records):
+        freeze_but_adapters_(model)
     if _is_transformers(model):
         from laconic.pipeline.hf import attach
 
         attach(model, manifest.records)
+    else:
+        object.__setattr__(model, RECORDS, manifest.records)
     if any(tensor.device != device for tensor in all_tensors(model).values()):
         model.to(device)  # buffers that no file holds
     return model.eval()

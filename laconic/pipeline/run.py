@@ -621,6 +621,8 @@ class Run:
         for name, text in units.items():
             if text is not None and not known[name].options:
                 raise BadInput(f"the recipe packs {name}, which is left alone: {known[name].reason}")
+            if text is not None and (why := (scheme := Scheme.parse(text)).refusal(known[name].spec(scheme).matrix[1])):
+                raise BadInput(f"the recipe packs {name} as {scheme}: {why}")
         return {n: Scheme.parse(text) if (text := units[n]) else None for n in known if n in units}
 
     def _allocate(self) -> Choice:

@@ -24,7 +24,7 @@ from laconic.core.record import Record, owner_of
 from laconic.core.structure import Structure
 from laconic.core.units import Unit
 from laconic.nn import matrix_view, pack_tensors, restore_view
-from laconic.numerics import Int, Scheme
+from laconic.numerics import Int, Scheme, read_scales
 from laconic.quant import Hessian, Matrix, bias_correction, clip_calibrated, solve_calibrated
 
 from .distribute import Elsewhere, Shares, Team
@@ -100,7 +100,8 @@ def solve(job: Solving) -> list[Record]:
 
 def _looks_at_data(job: Solving, unit: Unit) -> bool:
     scheme = job.decision[unit.name]
-    if scheme is None or not isinstance(scheme.element, Int):  # levels, ternary and binary codes: to nearest
+    # To nearest: all but integers, and scales that are coded, which follow from the whole matrix at once.
+    if scheme is None or not isinstance(scheme.element, Int) or not scheme.scale.plain:
         return False
     if job.method in LEARNED:
         return learnable(unit)
@@ -271,11 +272,13 @@ class Packed:
         from laconic.kernels.ops import dequantize_rows, unpack_zero
 
         t, spec = self.tensors, self.record.spec
-        zero = unpack_zero(t.get("zero_point", t.get("zero")), t["scale"].shape[0], spec.scheme)
-        shared = t["scale"].shape[0] != t["packed"].shape[0]  # one scale for the whole tensor
-        scale = t["scale"] if shared else t["scale"][rows]
-        zero = zero if zero is None or shared else zero[rows]
-        return dequantize_rows(t["packed"][rows], scale, zero, spec.scheme, spec.matrix[1])
+        scale = read_scales(t, spec.scheme, spec.scheme.scales(*spec.matrix))
+        shared = scale.shape[0] != t["packed"].shape[0]  # one scale for the whole tensor
+        stored = t[spec.scheme.beside] if spec.scheme.beside else None
+        zero = unpack_zero(stored, scale.shape[0], spec.scheme)
+        zero = zero if zero is None or shared or spec.scheme.zero == "none" else zero[rows]
+        scale = scale if shared else scale[rows]
+        return dequantize_rows(t["packed"][rows], scale, zero, spec.scheme.plain, spec.matrix[1])
 
 
 @dataclass(frozen=True)

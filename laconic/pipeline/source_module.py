@@ -30,7 +30,7 @@ from laconic.pipeline.source_example import example_inputs
 from laconic.pipeline.source_folder import copy_extras
 from laconic.pipeline.tensorfile import file_layout
 
-__all__ = ["ModuleSource", "OtherGgufSource", "call_factory"]
+__all__ = ["ModuleSource", "OtherGgufSource", "call_factory", "refuse_unusable", "transformers_config"]
 
 QUANTIZED_PACKAGES = ("bitsandbytes", "torchao", "gptqmodel", "awq", "hqq", "torch.ao.nn.quantized")
 
@@ -49,10 +49,11 @@ class ModuleSource(Source):
 
     def __init__(self, model: nn.Module, *, name: str | None = None, example: Any = None):
         self.name = name or type(model).__name__
-        self.config = _transformers_config(model)
+        self.config = transformers_config(model)
         self.kind = "module" if self.config is None else "transformers"
         self.notes: list[str] = []
-        _refuse_unusable(model, self.name)
+        refuse_quantized(getattr(getattr(model, "config", None), "quantization_config", None), self.name)
+        refuse_unusable(model, self.name)
         self._model = model
         self._example = None if example is None else normal_example(example)
         self._names = stored_names(self.skeleton())
@@ -204,17 +205,16 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _transformers_config(model: nn.Module) -> Any:
+def transformers_config(model: nn.Module) -> Any:
     """The config of a transformers model, None for any other; does not import transformers."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return model.config if modeling is not None and isinstance(model, modeling.PreTrainedModel) else None
 
 
-def _refuse_unusable(model: nn.Module, name: str) -> None:
+def refuse_unusable(model: nn.Module, name: str) -> None:
     """Raise for modules whose tensors are not plain floats in memory."""
     if isinstance(model, torch.jit.ScriptModule):
         raise BadInput(f"{name} is TorchScript, which cannot be rewritten: give the original nn.Module")
-    refuse_quantized(getattr(getattr(model, "config", None), "quantization_config", None), name)
     for path, module in model.named_modules():
         package = type(module).__module__
         if package.startswith(QUANTIZED_PACKAGES):

@@ -49,7 +49,7 @@ def sample(source: Source, unit: Unit) -> Tensor:
 def round_rows(read: Callable[[int, int], Tensor], unit: Unit, scheme: Scheme) -> dict[str, Tensor]:
     """Round a parameter to nearest and pack it, some rows of its first axis at a time.
 
-    One that is stored transposed, or has a single scale, is taken whole.
+    One that is stored transposed, or whose scales or table follow from all of it at once, is taken whole.
 
     Args:
         read: gives rows [begin, end) of the parameter's first axis.
@@ -60,24 +60,22 @@ def round_rows(read: Callable[[int, int], Tensor], unit: Unit, scheme: Scheme) -
         What is stored, and `loss`: the share of the weights' energy that is error.
     """
     spec = unit.spec(scheme)
-    k = spec.matrix[1]
     words = torch.empty(spec.tensors()["packed"][1], dtype=torch.int32)
     scales, zeros, loss, power = [], [], 0.0, 0.0
-    whole = unit.view == "transposed" or scheme.scale.granularity == "tensor" or len(unit.shape) < 2
+    whole = unit.view == "transposed" or scheme.whole or len(unit.shape) < 2
     leading = unit.shape[0]
     step = leading if whole else max(1, CHUNK // max(1, unit.numel // max(1, leading)))
-    at = 0
+    at, empty = 0, torch.zeros((0, 0), dtype=torch.uint8)
     for begin in range(0, leading, step):
         matrix = matrix_view(read(begin, min(begin + step, leading)), unit.view)
         solved = round_to_nearest(matrix, scheme, unit.name)
         words[at : at + matrix.shape[0]] = pack_codes(solved.codes, scheme.element).cpu()
-        at += matrix.shape[0]
+        at, empty = at + matrix.shape[0], solved.codes[:0].cpu()
         scales.append(solved.scale.cpu())
         if solved.zero is not None:
             zeros.append(solved.zero.cpu())
         loss += solved.loss
         power += float(matrix.float().square().sum(dtype=torch.float64))
-    empty = torch.zeros((0, k), dtype=torch.uint8)
     stored = pack_tensors(spec, empty, torch.cat(scales), torch.cat(zeros) if zeros else None)
     stored["packed"] = words
     stored["loss"] = torch.tensor(loss / (power or 1.0), dtype=torch.float64)

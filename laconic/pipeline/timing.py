@@ -20,7 +20,7 @@ from torch import nn
 from laconic.core.record import FUSE, Record, apply_records
 from laconic.core.units import Unit
 from laconic.nn.blocks import blocks_of, why_not
-from laconic.numerics import Scheme
+from laconic.numerics import Scheme, read_scales
 
 from .measure import run_batch
 
@@ -86,9 +86,9 @@ def _layer(rows: int, k: int, many: int, scheme: Scheme | None, inputs: str) -> 
         suffix: torch.randint(-(2**31), 2**31 - 1, shape).to(dtype) if dtype == torch.int32 else torch.ones(shape, dtype=dtype)
         for suffix, (dtype, shape) in scheme.tensors(rows, k).items()
     }  # fmt: skip
-    codes, scale = stored["packed"], stored["scale"]
-    zero = stored.get("zero_point", stored.get("zero"))
-    name = str(scheme)
+    codes, scale = stored["packed"], read_scales(stored, scheme, scheme.scales(rows, k))
+    zero = None if scheme.beside is None else stored[scheme.beside]
+    name = str(scheme.plain)
     if many == 0:
         return lambda: torch.ops.laconic.dequantize(codes, scale, zero, scheme=name, k=k, dtype=torch.float32)
     return lambda: torch.ops.laconic.linear(x, codes, scale, zero, scheme=name, inputs=inputs)

@@ -51,13 +51,13 @@ from laconic.core.fake_quant import code_range, pass_through
 from laconic.core.hooks import Hook, Run
 from laconic.core.modes import evaluating
 from laconic.errors import BadInput
-from laconic.numerics import TABLES
+from laconic.numerics import mini_float, round_float
 
 from ._rounded import CONVOLUTIONS, call
 from ._spaces import HasSizes
 
 SCHEDULES = ("cosine", "linear", "heaviside", "constant")
-FLOATS = {"e4m3": 8, "e2m1": 4}  # bits
+FLOATS = {name: mini_float(name).bits for name in ("e4m3", "e2m1")}
 Format = int | str | tuple[int | str, int | str]
 Quality = Callable[[Tensor, Any, Any], float]
 
@@ -133,12 +133,10 @@ def fake_format(x: Tensor, fmt: int | str, *, share: str = "tensor", clip: float
 
 def _rounded_to(x: Tensor, fmt: int | str, top: Tensor) -> Tensor:
     """The nearest numbers of a format whose largest is `top`."""
-    if fmt == "e4m3":
-        s = top / torch.finfo(torch.float8_e4m3fn).max
-        return torch.minimum(torch.maximum(x, -top), top).div(s).to(torch.float8_e4m3fn).to(x.dtype) * s
-    if fmt == "e2m1":
-        levels = torch.tensor(sorted({abs(v) for v in TABLES["fp4"]}), dtype=x.dtype, device=x.device)
-        return torch.sign(x) * levels[torch.bucketize(x.abs() / top, (levels[1:] + levels[:-1]) / 2)] * top
+    if isinstance(fmt, str):
+        numbers = mini_float(fmt)
+        s = top / numbers.largest
+        return round_float(x / s, numbers) * s
     low, high = code_range(int(fmt))
     s = top / high
     return (x / s).round().clamp(low, high) * s

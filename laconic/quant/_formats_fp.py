@@ -6,13 +6,15 @@ A block of a row's elements x has a scale X and codes f, numbers of a float of 4
     MX      e2m1, e2m3, e3m2, e4m3, e5m2 or int8 in blocks of 32, X a power of two in a byte
     NVFP4   e2m1 in blocks of 16, X = e4m3(g max |x| / 6) / g with one g = 448 * 6 / max |tensor| in float32
 
-The numbers and bytes are those of `laconic.numerics.blocks`, where the scale rules stand; here they get their names.
+Each is a `Scheme`, and stored and run like any other: `RTN(MXFP(4))` packs a model's weights, and a recipe's units name
+`mxfp4`, `mxfp6`, `mxfp8`, `mxint8`, `nvfp4` and `fp8`. The numbers and bytes are those of `laconic.numerics.blocks`, where
+the rules of scales stand; here they get their names.
 
 Source: "OCP Microscaling Formats (MX) Specification 1.0", Rouhani et al., 2023, and "Microscaling Data Formats for Deep
 Learning", Rouhani et al., 2023, arXiv 2310.10537 (MX); "FP8 Formats for Deep Learning", Micikevicius et al., 2022,
 arXiv 2209.05433. Official code: microsoft/microxcaling, MIT; vllm-project/compressed-tensors, Apache-2.0 (NVFP4, whose
-bytes these are). We differ in that everything is rounded once, from float64, and that `rule="ceil"` is the least power
-of two under which nothing saturates.
+bytes these are). We differ in that elements are rounded once, from float64, and that `rule="ceil"` is the least power of
+two under which nothing saturates.
 
 Use MXFP4 and NVFP4 for what hardware multiplies in these formats; at the same bits integers with a zero point have less
 error on weights, which have light tails (`Scheme`).
@@ -34,8 +36,7 @@ from typing import Literal
 
 from laconic.core.card import Card
 from laconic.errors import BadInput
-from laconic.numerics import BlockScheme, quantize_blocks
-from laconic.numerics import blocks as _blocks
+from laconic.numerics import Float, Scale, Scheme, quantize_blocks
 from laconic.numerics.floats import Round
 
 __all__ = ["FP8", "MXFP", "MXINT8", "NVFP4", "quantize_blocks"]
@@ -46,7 +47,7 @@ Rule = Literal["floor", "ct_round", "ceil"]
 
 def FP8(
     element: str = "e4m3", granularity: Literal["channel", "token", "tensor"] = "channel", *, block: int | None = None
-) -> BlockScheme:
+) -> Scheme:
     """8-bit floats under float32 scales.
 
     Args:
@@ -61,13 +62,14 @@ def FP8(
         raise BadInput(f"FP8({element!r}): one of {', '.join(MX_ELEMENTS[8])}")
     if granularity not in ("channel", "token", "tensor"):
         raise BadInput(f"FP8(granularity={granularity!r}): one of channel, token, tensor")
-    shared = block if block is not None else 0 if granularity == "tensor" else None
-    return BlockScheme(element, shared, "float32", "amax")
+    if block is not None:
+        return Scheme(Float(element), Scale("group", block))
+    return Scheme(Float(element), Scale("tensor" if granularity == "tensor" else "channel"))
 
 
 def MXFP(
     bits: int = 4, elem: str | None = None, *, rule: Rule = "floor", block: int = 32, rounding: Round = "even"
-) -> BlockScheme:
+) -> Scheme:
     """A microscaling format.
 
     Args:
@@ -85,17 +87,21 @@ def MXFP(
     chosen = MX_ELEMENTS[bits][0] if elem is None else elem
     if chosen not in MX_ELEMENTS[bits]:
         raise BadInput(f"MXFP({bits}, elem={elem!r}): one of {', '.join(MX_ELEMENTS[bits])}")
-    return BlockScheme(chosen, block, "e8m0", rule, rounding)
+    return _scheme(chosen, Scale("group", block, "e8m0", rule), rounding)
 
 
-def MXINT8(*, rule: Rule = "floor", block: int = 32, rounding: Round = "even") -> BlockScheme:
+def MXINT8(*, rule: Rule = "floor", block: int = 32, rounding: Round = "even") -> Scheme:
     """Whole numbers over 64 under powers of two."""
-    return BlockScheme("int8", block, "e8m0", rule, rounding)
+    return _scheme("int8", Scale("group", block, "e8m0", rule), rounding)
 
 
-def NVFP4(*, block: int = 16, rounding: Round = "even") -> BlockScheme:
+def NVFP4(*, block: int = 16, rounding: Round = "even") -> Scheme:
     """e2m1 under scales of two levels."""
-    return _blocks.NVFP4.with_(block=block, rounding=rounding)
+    return _scheme("e2m1", Scale("group", block, "e4m3"), rounding)
+
+
+def _scheme(element: str, scale: Scale, rounding: Round) -> Scheme:
+    return Scheme(Float(element), scale, rounding="nearest" if rounding == "even" else rounding)
 
 
 CARD = Card(

@@ -52,14 +52,14 @@ from laconic.core.card import Card
 from laconic.core.reconstruct import Calls, Group, Twins, reconstruct
 from laconic.core.statistics import widened
 from laconic.errors import BadInput
-from laconic.numerics import check_finite, pack, unpack
+from laconic.numerics import check_finite, k_means, pack, unpack
+from laconic.numerics.clusters import nearest
 
 from ._gptq import Hessian
 from ._learned import Trainings, chosen_layers, row_dim
 
 Proximal = Literal["nearest", "softmax", "naive"]
 PROXIMAL = ("nearest", "softmax", "naive")
-LLOYD = 25  # rounds of k-means
 LEAST_ROWS = 4  # of a group: fewer share a codebook that costs what it saves
 
 
@@ -87,41 +87,6 @@ def row_groups(weight: Tensor, groups: int, quantiles: int = 16) -> Tensor:
     place = torch.empty(rows, dtype=torch.int64, device=weight.device)
     place[(centred @ direction).argsort(stable=True)] = torch.arange(rows, device=weight.device)
     return place * groups // rows
-
-
-def nearest(values: Tensor, codebooks: Tensor) -> Tensor:
-    """Indices (rows, K) of the codewords nearest to values (rows, K), of codebooks (rows, n) in any order.
-
-    On a midpoint the lower codeword; of equal codewords the first.
-    """
-    ordered, order = codebooks.sort(dim=1, stable=True)
-    middle = (ordered[:, 1:] + ordered[:, :-1]) / 2
-    return order.gather(1, torch.searchsorted(middle.contiguous(), values.contiguous()))
-
-
-def k_means(values: Tensor, weights: Tensor, count: int, rounds: int = LLOYD) -> Tensor:
-    """Codewords (count,) of numbers (n,) that matter by their weights (n,): Lloyd's, from quantiles, in rising order.
-
-    A codeword that nothing is nearest to moves to the number that is farthest from its own.
-    """
-    v, w = values.double(), weights.double()
-    ordered = v.sort().values
-    at = ((torch.arange(count, dtype=torch.float64) + 0.5) / count * len(v)).long().clamp(max=len(v) - 1)
-    centres = ordered[at.to(v.device)]
-    for _ in range(rounds):
-        index = nearest(v[None], centres[None])[0]
-        mass = torch.zeros(count, dtype=v.dtype, device=v.device).index_add_(0, index, w)
-        total = torch.zeros(count, dtype=v.dtype, device=v.device).index_add_(0, index, w * v)
-        moved = torch.where(mass > 0, total / mass.clamp(min=torch.finfo(v.dtype).tiny), centres)
-        empty = torch.bincount(index, minlength=count) == 0
-        if bool(empty.any()):
-            farthest = (w * (v - moved[index]).square()).argsort(descending=True, stable=True)
-            for k, i in zip(empty.nonzero()[:, 0].tolist(), farthest.tolist(), strict=False):
-                moved[k] = v[i]
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres.sort().values
 
 
 def proximal_gradient(

@@ -44,20 +44,19 @@ from torch import Tensor, nn
 
 from laconic.core.allocate import allocate
 from laconic.core.card import Card
-from laconic.core.lora import LoRALinear, linear_layers
+from laconic.core.lora import linear_layers
 from laconic.core.modes import evaluating
 from laconic.core.passes import Context, Decision
-from laconic.core.record import PACK, Record, owner_of
+from laconic.core.record import ADAPT, PACK, Record, apply_records
 from laconic.core.structure import Structure
 from laconic.core.units import find_units
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, is_packed, matrix_view, pack_tensors
-from laconic.nn.nested import NestedScales
 from laconic.nn.packed import _is_conv1d
-from laconic.numerics import Levels, NotFinite, Scale, Scheme, check_finite, dequantize, quantize
+from laconic.numerics import Levels, NestedScales, NotFinite, Scale, Scheme, check_finite
 from laconic.numerics.codebook import codes_of, values_of
 
-from ._qlora import _pack
+from ._rtn import round_to_nearest
 
 Heuristic = Literal["two-sided", "row", "column"]
 LEAST = 1e-8  # of F, as a part of its mean
@@ -98,8 +97,8 @@ class NFConfig:
 
     @property
     def scheme(self) -> Scheme:
-        """How codes are stored."""
-        return Scheme(Levels(f"nf{self.bits}"), Scale("group", group=self.block))
+        """How codes and scales are stored."""
+        return Scheme(Levels(f"nf{self.bits}"), Scale("group", group=self.block, outer=self.nested))
 
     @property
     def bits_per_weight(self) -> float:
@@ -116,16 +115,6 @@ class NFConfig:
         element = Levels(f"nf{self.bits}")
         codes = codes_of(blocks, torch.where(scale == 0, 1.0, scale), element)
         return values_of(codes, scale, element).view(-1)[: len(flat)].view(x.shape)
-
-    def pack(self, matrix: Tensor, spec: PackedParameterSpec, name: str) -> tuple[dict[str, Tensor], Tensor]:
-        """What is stored of a matrix (rows, K) whose rows are whole blocks, by suffix, and the value of that."""
-        absmax = matrix.float().unflatten(1, (-1, self.block)).abs().amax(-1)
-        tensors = self.nested.encode(absmax, name)
-        scale = self.nested.decode(tensors, absmax.numel()).view(absmax.shape)
-        codes = quantize(matrix.float(), torch.where(scale == 0, 1.0, scale), None, self.scheme)
-        stored = pack_tensors(spec, codes, scale, None)
-        del stored["scale"]
-        return {**stored, **tensors}, dequantize(codes, scale, None, self.scheme)
 
 
 def configurations(
@@ -352,7 +341,8 @@ class LQLoRA:
             W, said["rank"], config, F, heuristic=self.heuristic, iterations=self.iterations,
             oversampling=self.oversampling, seed=seed, name=path,
         )  # fmt: skip
-        tensors, _ = config.pack(W.float() - found.left @ found.right, spec, path)
+        solved = round_to_nearest(W.float() - found.left @ found.right, spec.scheme, path)
+        tensors = pack_tensors(spec, solved.codes, solved.scale, solved.zero)
         power = float((W.float() if F is None else W.float() * F.sqrt()).square().sum(dtype=torch.float64)) or 1.0
         data = {**said, "loss": found.errors[found.best] ** 2 / power, "pass": self.id, "method": self.id}
         tensors |= {"lora_A": found.right.contiguous(), "lora_B": found.left.contiguous()}
@@ -360,21 +350,12 @@ class LQLoRA:
 
     def apply(self, model: nn.Module, record: Record) -> None:
         """Pack Q, and put an adapter around the layer that starts from L1 and L2; it is trainable."""
-        config = NFConfig(**record.data["config"])
-        try:
-            base, name = owner_of(model, record.path)
-            tensors = {k: v for k, v in record.tensors.items() if not k.startswith("lora_")}
-            _pack(base, name, record.spec, config.nested, tensors)
-            layer = LoRALinear(base, record.data["rank"]).train(base.training)
-            with torch.no_grad():
-                for suffix in ("lora_A", "lora_B"):
-                    if suffix in record.tensors:
-                        getattr(layer, suffix).copy_(record.tensors[suffix])
-        except (AttributeError, KeyError, ValueError) as error:
-            raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
-        for path, module in list(model.named_modules(remove_duplicate=False)):
-            if module is base:
-                model.set_submodule(path, layer)
+        data = {key: record.data[key] for key in ("spec", "aliases")}
+        packed = {name: tensor for name, tensor in record.tensors.items() if not name.startswith("lora_")}
+        adapter = {name: tensor for name, tensor in record.tensors.items() if name.startswith("lora_")}
+        path = record.path.rpartition(".")[0]
+        adapt = Record(ADAPT, path, {"rank": record.data["rank"]}, adapter)
+        apply_records(model, [Record(PACK, record.path, data, packed), adapt])
 
 
 def _refusal(spec: PackedParameterSpec, config: NFConfig) -> str:

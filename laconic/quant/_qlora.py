@@ -53,20 +53,19 @@ from laconic.core.lora import (
     merge_lora_,
 )
 from laconic.core.passes import Context, Decision
-from laconic.core.record import Record, owner_of
+from laconic.core.record import Record
 from laconic.core.structure import Structure
 from laconic.errors import BadInput
 from laconic.nn import PackedParameterSpec, declare, fill, is_packed, matrix_view, pack_tensors
-from laconic.nn.nested import NestedScales, nest
 from laconic.nn.packed import View, _is_conv1d
-from laconic.numerics import Levels, NotFinite, Scale, ScaleOutOfRange, Scheme, check_finite, dequantize
+from laconic.numerics import NAMED, Levels, NestedScales, NotFinite, ScaleOutOfRange, Scheme, check_finite
 from laconic.numerics.codebook import codes_of
 
 from ._rtn import round_to_nearest
 from ._weights import PackWeights
 
 BLOCK = 64
-NF4_SCHEME = Scheme(Levels("nf4"), Scale("group", group=BLOCK))
+NF4_SCHEME = NAMED["nf4"]
 
 __all__ = [
     "NF4", "Adapted", "FourBit", "LoRALinear", "add_lora_", "four_bit", "load_lora_state_", "lora_layers", "lora_state",
@@ -153,74 +152,37 @@ class NF4(PackWeights):
     """The pass: linear layers in NormalFloat, their scales in 8 bits.
 
     Args:
-        scheme: how to store weights; another table or block, as a `Scheme` or its string form.
-        nested: how to store scales; None as the scheme says.
+        scheme: how to store weights and scales; another table or block, or plain scales, as a `Scheme` or its string form.
     """
 
     scheme: Scheme | str = NF4_SCHEME
-    nested: NestedScales | None = NestedScales()  # noqa: RUF009 - frozen, too
 
     id: ClassVar = "qlora"
     needs: ClassVar = frozenset({"float"})
     ops: ClassVar[tuple[str, ...]] = ("linear",)
 
     def plan(self, structure: Structure, model: nn.Module) -> Decision:
-        """Weight -> its scheme and how its scales are stored; parameter -> why it stays float."""
+        """Weight -> its scheme; parameter -> why it stays float."""
         found = super().plan(structure, model)
         tied = {names[0]: names for names in structure.ties}
-        said = {} if self.nested is None else {"nested": self.nested.to_json()}
-        units = {name: {**unit, **said} for name, unit in found.units.items() if name not in tied}
+        units = {name: unit for name, unit in found.units.items() if name not in tied}
         also = {name: f"it is tied: {' = '.join(tied[name])}" for name in found.units if name in tied}
         return Decision(units, found.skipped | also)
 
     def solve(self, path: str, decision: Decision, ctx: Context) -> Record:
         """Codes and scales of the weight at `path`; `loss` is the share of its energy that is error."""
-        said = decision.units[path]
         unit = self._unit(path, ctx.structure, ctx.model)
-        spec = unit.spec(Scheme.parse(said["scheme"]))
-        how = NestedScales(**said["nested"]) if "nested" in said else None
-        tensors, loss = _packed(ctx.model.get_parameter(path).detach(), spec, how, path)
-        extra = {"nested": said["nested"]} if how is not None else {}
-        return unit.record(spec.scheme, tensors, method=self.id, loss=loss, **extra, **{"pass": self.id})
-
-    def apply(self, model: nn.Module, record: Record) -> None:
-        """Pack the weight; its layer computes scales and weights from what is stored at each use."""
-        owner, name = owner_of(model, record.path)
-        how = NestedScales(**record.data["nested"]) if "nested" in record.data else None
-        try:
-            _pack(owner, name, record.spec, how, record.tensors)
-        except (AttributeError, KeyError, ValueError) as error:
-            raise BadInput(f"the record of {record.path} does not fit this model: {error}") from error
+        spec = unit.spec(Scheme.parse(decision.units[path]["scheme"]))
+        tensors, loss = packed_weight(ctx.model.get_parameter(path).detach(), spec, path)
+        return unit.record(spec.scheme, tensors, method=self.id, loss=loss, **{"pass": self.id})
 
 
-def _packed(
-    weight: Tensor, spec: PackedParameterSpec, how: NestedScales | None, path: str
-) -> tuple[dict[str, Tensor], float]:
-    """What is stored of a weight, by suffix, and the share of its energy that is lost."""
+def packed_weight(weight: Tensor, spec: PackedParameterSpec, path: str) -> tuple[dict[str, Tensor], float]:
+    """What is stored of a weight rounded to nearest, by suffix, and the share of its energy that is lost."""
     matrix = matrix_view(weight, spec.view)
     solved = round_to_nearest(matrix, spec.scheme, path)
-    tensors, lost = pack_tensors(spec, solved.codes, solved.scale, solved.zero), solved.loss
-    if how is not None:
-        tensors |= how.encode(tensors.pop("scale"), path)
-        scale = how.decode(tensors, solved.scale.numel()).view(solved.scale.shape)
-        value = dequantize(solved.codes, scale, solved.zero, spec.scheme)
-        lost = float((value - matrix.float()).square().sum(dtype=torch.float64))
-    return tensors, lost / (float(matrix.float().square().sum(dtype=torch.float64)) or 1.0)
-
-
-def _pack(
-    module: nn.Module, name: str, spec: PackedParameterSpec, how: NestedScales | None, tensors: dict[str, Tensor]
-) -> None:
-    """Pack a parameter of a module in place; without tensors, as an empty one."""
-    declare(module, name, spec)
-    if how is None:
-        if tensors:
-            fill(module, name, tensors)
-        return
-    if tensors:
-        dtype, shape = spec.tensors()["scale"]
-        fill(module, name, {**tensors, "scale": torch.empty(shape, dtype=dtype)})  # it is replaced at once
-    nest(module, name, how, {k: v for k, v in tensors.items() if k in how.tensors(0)} or None)
+    power = float(matrix.float().square().sum(dtype=torch.float64)) or 1.0
+    return pack_tensors(spec, solved.codes, solved.scale, solved.zero), solved.loss / power
 
 
 # --- a model to fine-tune ---------------------------------------------------------------------------
@@ -244,7 +206,6 @@ class Adapted:
 def qlora_(
     model: nn.Module, rank: int = 64, alpha: float = 16.0, dropout: float = 0.0,
     select: Callable[[str, nn.Module], bool] | None = None, *, scheme: Scheme | str = NF4_SCHEME,
-    nested: NestedScales | None = NestedScales(),  # noqa: B008 - frozen
 ) -> Adapted:  # fmt: skip
     """Pack the linear layers of a model, put adapters around them and freeze the rest, in place.
 
@@ -253,8 +214,7 @@ def qlora_(
         rank, alpha, dropout: of the adapters. The official defaults; the learning rate is 2e-4 there, constant, with
             gradients clipped at 0.3.
         select: whether to take the layer at a path; all but `lm_head` by default.
-        scheme: how weights are stored.
-        nested: how their scales are; None as the scheme says.
+        scheme: how weights and their scales are stored.
 
     Raises:
         BadInput: no layer is left to take, a rank that is none, or weights that are not finite.
@@ -278,12 +238,13 @@ def qlora_(
             view: View = "transposed" if _is_conv1d(module) else "rows"
             spec = PackedParameterSpec(scheme, tuple(module.weight.shape), view)  # type: ignore[arg-type]
             try:
-                solved.append((module, spec, _packed(module.weight.detach(), spec, nested, name)[0]))  # type: ignore[operator,union-attr]
+                solved.append((module, spec, packed_weight(module.weight.detach(), spec, name)[0]))  # type: ignore[operator,union-attr]
             except (NotFinite, ScaleOutOfRange) as error:
                 raise BadInput(str(error)) from error
             packed.append(path)
     for module, spec, tensors in solved:
-        _pack(module, "weight", spec, nested, tensors)
+        declare(module, "weight", spec)
+        fill(module, "weight", tensors)
     return Adapted(packed, add_lora_(model, rank, alpha, dropout, select), left)
 
 

@@ -52,7 +52,6 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units
 from laconic.errors import BadInput
 from laconic.numerics import Scheme
-from laconic.numerics.nested import nest
 
 from ._llm_int8 import LLMInt8
 from ._rounded import tensor_of
@@ -132,7 +131,7 @@ class Formatted:
 
     Attributes:
         model: a copy, ready to run.
-        bytes: of its parameters and buffers, scales of a second quantization counted as they would be stored.
+        bytes: of its parameters and buffers.
     """
 
     model: nn.Module
@@ -155,22 +154,22 @@ def in_format(model: nn.Module, name: str, prompts: Tensor, skip: Sequence[str] 
     if name == "bf16":
         made = made.to(torch.bfloat16)
     elif name == "int8":
-        _pack(LLMInt8(skip=tuple(skip)), made, prompts, skip, second=False)
+        _pack(LLMInt8(skip=tuple(skip)), made, prompts, skip)
     elif name != "float":
-        base, _, second = name.partition("-dq")
+        base, second, _ = name.partition("-dq")
         text = {"nf4": "levelsnf4", "fp4": "levelsfp4_bnb"}.get(base)
+        scales = f"dynamic8x{SECOND}" if second else "float32"
         try:
-            scheme = Scheme.parse(name if text is None else f"v1/{text}/group{BLOCK}/float32/minmax/znone/nearest")
+            scheme = Scheme.parse(name if text is None else f"v1/{text}/group{BLOCK}/{scales}/minmax/znone/nearest")
         except ValueError as error:
             known = ", ".join(("float", *FORMATS))
             raise BadInput(f"quant_study: there is no format {name!r}: {known}, or a scheme ({error})") from None
-        saved = _pack(RTN(scheme), made, prompts, skip, second=name.endswith("-dq"))
-        return Formatted(made, _held(made) - saved)
+        _pack(RTN(scheme), made, prompts, skip)
     return Formatted(made, _held(made))
 
 
-def _pack(method: Any, model: nn.Module, prompts: Tensor, skip: Sequence[str], *, second: bool) -> int:
-    """Pack linear layers in place; the bytes that a second quantization of their scales would save."""
+def _pack(method: Any, model: nn.Module, prompts: Tensor, skip: Sequence[str]) -> None:
+    """Pack linear layers in place."""
     structure = Structure.build(model, ((prompts[:1],), {}), how="hooks")
     ctx = Context(model, structure)
     decision = method.plan(structure, model)
@@ -178,19 +177,12 @@ def _pack(method: Any, model: nn.Module, prompts: Tensor, skip: Sequence[str], *
     chosen = [n for n in decision.units if n in linear and not set(n.split(".")) & set(skip)]
     if not chosen:
         raise BadInput("quant_study: the model has no linear layer that can be packed")
-    saved = 0
     for path in chosen:
         record: Record = method.solve(path, decision, ctx)
-        if second:
-            scale = record.tensors["scale"]
-            nested = nest(scale, SECOND, name=path)
-            record.tensors["scale"] = nested.scales().view_as(scale)
-            saved += scale.nbytes - nested.nbytes
         if isinstance(method, LLMInt8):
             method.apply(model, record)
         else:
             apply_records(model, [record])
-    return saved
 
 
 def _held(model: nn.Module) -> int:

@@ -27,7 +27,7 @@ from laconic.core.card import Card
 from laconic.core.passes import Context, Decision
 from laconic.core.record import Record
 from laconic.nn import matrix_view, pack_tensors
-from laconic.numerics import Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Scheme, affine_params, dequantize, quantize, rounding_scales, settled
 
 from ._weights import PackWeights
 
@@ -91,7 +91,7 @@ def round_to_nearest(
     """Scale, zero and codes of a matrix, each group by itself; `loss` is ||W - W^||^2.
 
     Works through chunks of rows, so that a billion-element embedding table needs little more than its codes
-    (a scale per tensor is the exception: its range is that of the whole matrix).
+    (scales and tables that follow from the whole matrix are the exception: `Scheme.whole`).
 
     Args:
         W: (rows, K) of any floating type.
@@ -103,22 +103,45 @@ def round_to_nearest(
         NotFinite: inf or nan in `W`.
         ScaleOutOfRange: a scale does not fit in the scheme's scale dtype.
     """
+    if scheme.whole:
+        return _round_whole(W, scheme, name, generator)
     rows, k = W.shape
-    shared = affine_params(W, scheme, name) if scheme.scale.granularity == "tensor" else None
     codes = torch.empty((rows, k), dtype=torch.uint8, device=W.device)
     scales, zeros, loss = [], [], 0.0
     step = max(1, CHUNK // max(1, k))
     for begin in range(0, max(rows, 1), step):
         x = W[begin : begin + step].float()
-        scale, zero = shared or affine_params(x, scheme, name)
+        scale, zero = affine_params(x, scheme, name)
         part = quantize(x, scale, zero, scheme, generator)
         codes[begin : begin + step] = part
         loss += float((dequantize(part, scale, zero, scheme) - x).square_().sum(dtype=torch.float64))
         scales.append(scale)
         zeros.append(zero)
-    if shared is not None:
-        return Solved(codes, *shared, loss)
     return Solved(codes, torch.cat(scales), None if zeros[0] is None else torch.cat(zeros), loss)
+
+
+def _round_whole(W: Tensor, scheme: Scheme, name: str, generator: torch.Generator | None) -> Solved:
+    """`round_to_nearest` where what is shared by all rows is found first; rows are rounded under it in chunks."""
+    scale, zero = affine_params(W, scheme, name)
+    # As kernels see them: what scales become in the file is known from all of them alone.
+    plain, under, back = scheme.plain, rounding_scales(scale, scheme), settled(scale, scheme)
+    parts, loss = [], 0.0
+    step = max(1, CHUNK // max(1, W.shape[1]))
+    for begin in range(0, max(W.shape[0], 1), step):
+        x = W[begin : begin + step].float()
+        part, value = (
+            s if scheme.scale.granularity == "tensor" else s[begin : begin + step] for s in (under, back)
+        )
+        rest = zero if zero is None or not _by_rows(scheme) else zero[begin : begin + step]
+        codes = quantize(x, part, rest, plain, generator)
+        loss += float((dequantize(codes, value, rest, plain) - x).square_().sum(dtype=torch.float64))
+        parts.append(codes)
+    return Solved(torch.cat(parts), scale, zero, loss)
+
+
+def _by_rows(scheme: Scheme) -> bool:
+    """Whether zero points lie by rows, as scales do; a table of a codebook, or the one of a tensor, does not."""
+    return scheme.zero != "none" and scheme.scale.granularity != "tensor"
 
 
 class RTN(PackWeights):

@@ -32,8 +32,11 @@ class PackWeights:
         """Parameter -> its scheme; parameter -> why it stays float."""
         scheme = str(self._scheme)
         units = find_units(model, structure)
-        chosen = {u.name: {"scheme": scheme} for u in units if u.options and u.op in self.ops}
-        left = {u.name: u.reason or f"it is read as {u.op}, which this pass leaves alone" for u in units}
+        offered = [u for u in units if u.options]  # the others may have no matrix view at all
+        refused = {u.name: self._scheme.refusal(u.spec(self._scheme).matrix[1]) for u in offered}
+        chosen = {u.name: {"scheme": scheme} for u in offered if u.op in self.ops and not refused[u.name]}
+        other = {u.name: f"it is read as {u.op}, which this pass leaves alone" for u in units}
+        left = {u.name: u.reason or refused.get(u.name) or other[u.name] for u in units}
         return Decision(chosen, {name: why for name, why in left.items() if name not in chosen})
 
     def apply(self, model: nn.Module, record: Record) -> None:
@@ -54,7 +57,7 @@ def check_integers(scheme: Scheme, name: str, method: str) -> None:
     Raises:
         ValueError: naming the parameter, the scheme and what takes it.
     """
-    if not isinstance(scheme.element, Int):
+    if not isinstance(scheme.element, Int) or not scheme.scale.plain:
         raise ValueError(f"{name}: {method} works on integer codes, not on {scheme}; round it to nearest (rtn) instead")
 
 

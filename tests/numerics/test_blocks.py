@@ -16,24 +16,32 @@ from laconic.numerics import (
     MXINT8,
     NVFP4,
     Blocks,
-    BlockScheme,
+    Int,
     NotFinite,
+    Scale,
     ScaleOutOfRange,
+    Scheme,
+    affine_params,
+    dequantize,
+    fake_quantize,
+    quantize,
     quantize_blocks,
 )
 
 ALL = [FP8_E4M3, FP8_E5M2, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXFP8_E5M2, MXINT8, NVFP4]
 ALL += [
-    FP8_E4M3.with_(block=0),
-    FP8_E5M2.with_(block=24),
+    FP8_E4M3.with_(granularity="tensor"),
+    FP8_E5M2.with_(granularity="group", group=24, dtype="float16"),
     MXFP4.with_(rule="ceil"),
-    MXFP4.with_(block=5, rounding="away"),
+    MXFP4.with_(group=5, rounding="away"),
+    MXFP8_E4M3.with_(granularity="channel", group=None, rounding="zero"),
+    NVFP4.with_(granularity="channel", group=None),
 ]
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=str)
 @pytest.mark.parametrize(("rows", "k"), [(3, 64), (1, 1), (2, 37), (5, 16), (0, 8)])
-def test_bytes_come_back(scheme: BlockScheme, rows: int, k: int) -> None:
+def test_bytes_come_back(scheme: Scheme, rows: int, k: int) -> None:
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(k)) * 10
     done = quantize_blocks(x, scheme)
     stored = done.tensors()
@@ -43,24 +51,33 @@ def test_bytes_come_back(scheme: BlockScheme, rows: int, k: int) -> None:
     assert torch.equal(again.codes, done.codes) and torch.equal(again.dequantize(), done.dequantize())
     if rows:
         error = float((done.dequantize() - x).norm() / x.norm())
-        assert error < {4: 0.2, 6: 0.1, 8: 0.1}[scheme.numbers.bits]
-    assert BlockScheme.parse(str(scheme)) == scheme
+        assert error < {4: 0.2, 6: 0.1, 8: 0.1}[scheme.bits]
+    assert Scheme.parse(str(scheme)) == scheme
+    # The same by what all schemes go through.
+    scale, zero = affine_params(x, scheme)
+    codes = quantize(x, scale, zero, scheme)
+    assert torch.equal(codes, done.codes) and torch.equal(dequantize(codes, scale, zero, scheme), done.dequantize())
+    assert torch.equal(fake_quantize(x, scheme), done.dequantize())
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=str)
-def test_zeros_and_extremes(scheme: BlockScheme) -> None:
+def test_zeros_and_extremes(scheme: Scheme) -> None:
     x = torch.zeros(3, 64)
     assert float(quantize_blocks(x, scheme).dequantize().abs().max()) == 0
     x[1] = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 1e-30
     x[2] = torch.randn(64, generator=torch.Generator().manual_seed(1)) * 1e30
+    if scheme.scale.dtype == "float16":
+        with pytest.raises(ScaleOutOfRange, match="w: a scale is below what float16 holds"):
+            quantize_blocks(x, scheme, name="w")
+        return
     y = quantize_blocks(x, scheme).dequantize()
     assert bool(torch.isfinite(y).all()) and float(y[0].abs().max()) == 0
-    if scheme.scale == "e8m0" or scheme.block:  # a row has its own scales
+    if scheme.scale.granularity != "tensor":  # a row has its own scales
         assert float((y[2] - x[2]).double().norm() / x[2].double().norm()) < 0.2
 
 
 def test_rules_of_powers_of_two() -> None:
-    def power(amax: float, rule: str, scheme: BlockScheme = MXFP4) -> float:
+    def power(amax: float, rule: str, scheme: Scheme = MXFP4) -> float:
         x = torch.zeros(1, 32)
         x[0, 7] = -amax
         return float(quantize_blocks(x, scheme.with_(rule=rule)).scale[0, 0])
@@ -114,14 +131,17 @@ def test_refusals() -> None:
     with pytest.raises(ScaleOutOfRange, match="too small for a global scale"):
         quantize_blocks(torch.full((1, 16), 1e-38), NVFP4)
     for wrong, match in (
-        (dict(element="e1m1"), "not known"), (dict(rule="amax"), "e8m0 goes by"), (dict(scale="int4"), "one of e8m0"),
-        (dict(block=0), "at least one element"), (dict(rounding="up"), "one of even"),
+        (dict(rule="minmax"), "go by floor"), (dict(granularity="tensor", group=None), "a single scale"),
+        (dict(dtype="float32"), "go by floor"), (dict(rounding="up"), "one of nearest"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            BlockScheme(**wrong)
-    for text in ("b1/e2m1", "b2/e2m1/block32/e8m0/floor/even", "b1/e2m1/blockx/e8m0/floor/even"):
-        with pytest.raises(ValueError, match="scheme"):
-            BlockScheme.parse(text)
+            MXFP4.with_(**wrong)
+    with pytest.raises(ValueError, match="'e1m1' is not known"):
+        Scheme.parse("v1/floate1m1/group32/e8m0/floor/znone/nearest")
+    with pytest.raises(ValueError, match="scales in a byte belong to floats"):
+        Scheme(Int(4), Scale("group", 16, "e4m3"))
+    with pytest.raises(ValueError, match="blocks are of floats, not of int4"):
+        quantize_blocks(torch.ones(2, 32), Scheme(Int(4)))
     stored = quantize_blocks(torch.ones(2, 32), MXFP4).tensors()
     with pytest.raises(ValueError, match="packed: .* got"):
         Blocks.of_tensors(stored, MXFP4, 64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laconic.numerics import (
     Binary,
+    Codebook,
     Int,
     Levels,
     NotFinite,
@@ -22,6 +23,7 @@ from laconic.numerics import (
     affine_params,
     dequantize,
     fake_quantize,
+    k_means,
     pack_codes,
     params_from_range,
     quantize,
@@ -312,3 +314,55 @@ def test_ranges() -> None:
     with pytest.raises(ValueError, match="follows from no range"):
         params_from_range(low, high, BINARY)
     assert Scheme(Int(4)).element.bits == 4
+
+
+# --- tables of the tensor's own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "dim"), [(4, 1), (3, 2), (8, 4), (1, 1)])
+@pytest.mark.parametrize(("rows", "k"), [(5, 24), (1, 8), (0, 8), (3, 0)])
+def test_a_table_of_its_own(width: int, dim: int, rows: int, k: int) -> None:
+    scheme = Scheme(Codebook(width, dim), Scale("group", 8, "float16"))
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+    scale, table = affine_params(x, scheme)
+    codes = quantize(x, scale, table, scheme)
+    assert table.shape == (1 << width, dim) and table.dtype == torch.float16 and codes.shape == (rows, k // dim)
+    assert torch.equal(unpack_codes(pack_codes(codes, scheme.element), scheme.element, k), codes)
+    stored = scheme.tensors(rows, k)
+    words = -(-k // dim * width // 32)
+    assert stored["codebook"] == (torch.float16, (1 << width, dim)) and stored["packed"][1] == (rows, words)
+    value = dequantize(codes, scale, table, scheme)
+    spread = scale.float().repeat_interleave(8, 1)[:, :k]
+    left = (x / spread).view(-1, 1, dim) if x.numel() else x.new_zeros(0, 1, dim)
+    nearest = ((left - table.float()) ** 2).sum(-1)
+    chosen = nearest.gather(1, codes.view(-1, 1).long())[:, 0]
+    torch.testing.assert_close(chosen, nearest.amin(1) if len(nearest) else chosen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value, table.float()[codes.long()].view(rows, k) * spread)
+
+
+def test_tables_found_are_better_than_levels() -> None:
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)).pow(3)
+    plain = Scheme(Int(4), Scale("channel"), "int")
+    words = ("codebook4", "codebook8x2")
+    errors = [
+        float((fake_quantize(x, s) - x).norm())
+        for s in (plain, *(Scheme.parse(f"v1/{word}/channel/float32/minmax/znone/nearest") for word in words))
+    ]
+    assert errors[1] < errors[0] and errors[2] < errors[1]
+    three = torch.tensor([[1.0, 2.0, -3.0, 1.0], [-3.0, 2.0, 2.0, 1.0]])
+    assert torch.equal(fake_quantize(three, Scheme(Codebook(2), Scale("tensor"))), three)
+    with pytest.raises(ValueError, match="w: its rows of 7 are no whole runs of 2"):
+        affine_params(torch.ones(2, 7), Scheme(Codebook(4, 2)), "w")
+
+
+def test_k_means_of_vectors() -> None:
+    generator = torch.Generator().manual_seed(3)
+    middles = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
+    points = (middles[:, None] + 0.1 * torch.randn(3, 40, 2, generator=generator)).view(-1, 2)
+    found = k_means(points, None, 3)
+    assert torch.cdist(found.float(), middles).amin(0).max() < 0.1
+    assert torch.equal(found, k_means(points, None, 3))
+    heavy = torch.ones(120)
+    heavy[:40] = 1e6
+    assert torch.cdist(k_means(points, heavy, 1).float(), middles[:1]).item() < 0.1
+    assert k_means(points[:2], None, 4).shape == (4, 2)

@@ -7,7 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 
-from laconic.numerics import Int, Scale, Scheme, affine_params, pack, quantize, words_per_row
+from laconic.numerics import (
+    NAMED,
+    Codebook,
+    Float,
+    Int,
+    NestedScales,
+    Scale,
+    Scheme,
+    affine_params,
+    pack,
+    quantize,
+    words_per_row,
+)
 
 SHARES = st.sampled_from(["tensor", "channel", "token"]).map(lambda g: (g, None)) | st.integers(1, 4096).map(
     lambda g: ("group", g)
@@ -40,6 +52,15 @@ def test_the_string_form_is_frozen() -> None:
     assert str(Scheme(Int(8), Scale(rule="percentile"))) == "v1/int8/channel/float32/percentile99.9/znone/nearest"
 
 
+def test_formats_by_name() -> None:
+    assert Scheme.parse("mxfp4") == NAMED["mxfp4"] == Scheme(Float("e2m1"), Scale("group", 32, "e8m0", "floor"))
+    assert str(NAMED["nf4"]) == "v1/levelsnf4/group64/dynamic8x256/minmax/znone/nearest"
+    assert str(Scheme(Codebook(8, 2), Scale("tensor"))) == "v1/codebook8x2/tensor/float32/minmax/znone/nearest"
+    words = [*map(str, NAMED.values()), "v1/levelsnf2/group16/linear3x64bfloat16/minmax/znone/nearest"]
+    assert all(str(Scheme.parse(word)) == word for word in words)
+    assert all(scheme.plain.scale.plain and scheme.plain.plain is scheme.plain for scheme in NAMED.values())
+
+
 def test_what_is_not_printed_does_not_tell_schemes_apart() -> None:
     assert Scale(percentile=99.0) == Scale()
     assert Scale(rule="percentile", percentile=99.0) != Scale(rule="percentile")
@@ -61,6 +82,12 @@ def test_what_is_not_printed_does_not_tell_schemes_apart() -> None:
         ("v1/int4/group-8/float32/minmax/znone/nearest", "needs a group length"),
         ("v1/int4/row/float32/minmax/znone/nearest", "granularity='row'"),
         ("v1/int4/channel/float64/minmax/znone/nearest", "dtype='float64'"),
+        ("v1/levelsnf4/group64/dynamic4x256/minmax/znone/nearest", "dynamic scales cannot have 4 bits"),
+        ("v1/levelsnf4/group64/linear4x0/minmax/znone/nearest", "runs of 0 scales"),
+        ("v1/levelsnf4/group64/linear4x16int8/minmax/znone/nearest", "type 'int8'"),
+        ("v1/floate9m9/group32/e8m0/floor/znone/nearest", "'e9m9' is not known"),
+        ("v1/codebookx/group32/float32/minmax/znone/nearest", "'codebookx' is not known"),
+        ("v1/int4/group32/e8m0/floor/znone/nearest", "go by 'minmax'"),
         ("v1/int4/channel/float32/percentile/znone/nearest", "needs a number"),
         ("v1/int4/channel/float32/percentilenan/znone/nearest", "percentile=nan"),
         ("v1/int4/channel/float32/percentile50/znone/nearest", "percentile=50"),
@@ -83,9 +110,15 @@ def test_bad_values() -> None:
         Scale("group")
     with pytest.raises(ValueError, match="2 to 8 bits"):
         Int(4.0)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="quantized scales"):
-        Scale(outer=Scheme())
-    with pytest.raises(TypeError, match="one of Int, Levels, Ternary, Binary"):
+    with pytest.raises(ValueError, match="dtype float32 are stored so"):
+        Scale(outer=NestedScales(), dtype="float16")
+    with pytest.raises(ValueError, match="codes have 1 to 8 bits"):
+        Codebook(9)
+    with pytest.raises(ValueError, match="a group holds whole runs of 4"):
+        Scheme(Codebook(8, 4), Scale("group", 6))
+    with pytest.raises(ValueError, match="towards zero to floats"):
+        Scheme(Int(4), rounding="away")
+    with pytest.raises(TypeError, match="one of Int, Float, Levels, Ternary, Binary, Codebook"):
         Scheme("nf4")  # type: ignore[arg-type]
 
 

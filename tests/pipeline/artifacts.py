@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from laconic.pipeline.tensorfile import TensorWriter
 INT8 = Scheme(Int(8), Scale("group", group=32, dtype="float16"), zero="int")
 
 
-def round_records(source: Source, scheme: Scheme = INT8) -> list[Record]:
-    """A record with tensors for every parameter of two or more dimensions, tied ones once."""
+def round_records(source: Source, schemes: Scheme | Iterator[Scheme] = INT8) -> list[Record]:
+    """A record with tensors for every parameter of two or more dimensions, tied ones once, under one scheme or the next."""
     model = source.skeleton()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -34,6 +35,7 @@ def round_records(source: Source, scheme: Scheme = INT8) -> list[Record]:
         op = op_of(module, attribute)
         transposed = op == "linear" and not isinstance(module, nn.Linear)  # GPT-2's Conv1D
         view = "transposed" if transposed else "last" if op in ("parameter", "experts") else "rows"
+        scheme = schemes if isinstance(schemes, Scheme) else next(schemes)
         spec = PackedParameterSpec(scheme, tuple(parameter.shape), view)
         matrix = matrix_view(source.read(name), view).float().contiguous()
         scale, zero = affine_params(matrix, scheme, name)

@@ -317,7 +317,7 @@ def test_read_py_is_short_and_numpy_only():
     import ast
 
     text = (Path(__file__).parents[2] / "laconic" / "pipeline" / "read_artifact.py").read_text()
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 250
     imported = {
         alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
     }

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from laconic.errors import BadInput
 from laconic.interop.ggml_blocks import BLOCKS, decode, encode
-from laconic.numerics import Blocks, BlockScheme, Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Blocks, Float, Int, Scale, Scheme, affine_params, dequantize, quantize
 from laconic.quant import FP8, MXFP, MXINT8, NVFP4, quantize_blocks
 from laconic.testing.vectors import Case
 
-ROUNDINGS = {"nearest": "away", "even": "even", "floor": "zero"}
+ROUNDINGS = {"nearest": "away", "even": "nearest", "floor": "zero"}
 RULES = {"floor(log2 max|x|) - element_emax, at least -127": "floor"}
 
 
@@ -31,8 +31,11 @@ def _mx(case: Case) -> dict[str, Tensor]:
     args, x = case.args, case.array("input")
     element = args["format"].rpartition("_")[2]
     rule = RULES[args["scale_exponent"]]
-    scheme = BlockScheme(element, args["block_size"], "e8m0", rule, ROUNDINGS[args["rounding"]])
-    assert (scheme.numbers.emax, scheme.numbers.largest) == (args["element_emax"], args["element_max"])
+    scheme = Scheme(
+        Float(element), Scale("group", args["block_size"], "e8m0", rule), rounding=ROUNDINGS[args["rounding"]]
+    )
+    numbers = scheme.element.numbers
+    assert (numbers.emax, numbers.largest) == (args["element_emax"], args["element_max"])
     assert args["saturate"]
     options = {"subnormals": args["subnormals"], "flush": args["flush_fp32_subnormals"]}
     moved = x.movedim(args["axis"], -1)
@@ -93,12 +96,12 @@ def _ggml(case: Case) -> dict[str, Tensor]:
 
 
 def test_names() -> None:
-    assert (
-        str(FP8()) == "b1/e4m3/row/float32/amax/even"
-        and str(FP8("e5m2", "tensor")) == "b1/e5m2/tensor/float32/amax/even"
-    )
-    assert str(FP8(block=128)) == "b1/e4m3/block128/float32/amax/even" and FP8(granularity="token") == FP8()
-    assert [MXFP(b).element for b in (4, 6, 8)] == ["e2m1", "e3m2", "e4m3"] and MXFP(6, "e2m3").element == "e2m3"
+    assert str(FP8()) == "v1/floate4m3/channel/float32/minmax/znone/nearest" == str(Scheme.parse("fp8"))
+    assert str(FP8("e5m2", "tensor")) == "v1/floate5m2/tensor/float32/minmax/znone/nearest"
+    assert str(FP8(block=128)) == "v1/floate4m3/group128/float32/minmax/znone/nearest"
+    assert FP8(granularity="token") == FP8() and NVFP4() == Scheme.parse("nvfp4") and MXFP(4) == Scheme.parse("mxfp4")
+    assert [MXFP(b).element.name for b in (4, 6, 8)] == ["e2m1", "e3m2", "e4m3"]
+    assert MXFP(6, "e2m3", rounding="zero").element.name == "e2m3"
     assert MXINT8().bits_per_weight(8, 64) == 8.25 and MXFP(4).bits_per_weight(8, 64) == 4.25
 
 
@@ -109,7 +112,7 @@ def test_signal_to_noise_on_normal_numbers() -> None:
         return float(10 * torch.log10(x.square().sum() / (x - y).square().sum()))
 
     found = {
-        s.element + str(s.block): decibels(quantize_blocks(x, s).dequantize()) for s in (MXFP(4), NVFP4(), MXFP(8))
+        f"{s.element.name}{s.scale.group}": decibels(quantize_blocks(x, s).dequantize()) for s in (MXFP(4), NVFP4(), MXFP(8))
     }
     assert found["e2m132"] == pytest.approx(18.78, abs=0.1) and found["e2m116"] == pytest.approx(20.44, abs=0.1)
     assert found["e4m332"] > 30

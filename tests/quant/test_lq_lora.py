@@ -10,7 +10,6 @@ from torch import nn
 
 from laconic.errors import BadInput, Impossible
 from laconic.nn import is_packed
-from laconic.nn.nested import NestedScales
 from laconic.numerics.levels import normal_float
 from laconic.quant import (
     LoRALinear,
@@ -186,9 +185,7 @@ def test_a_model_starts_nearer_and_trains():
         64 * 48 + 48 * 32 + 160
     )
     assert isinstance(model[0], LoRALinear) and is_packed(model[0].base) and model[3].rank == 5
-    assert (
-        isinstance(model[0].base._nested["weight"], NestedScales) and model[0].base._nested["weight"].levels == "linear"
-    )
+    assert model[0].base._packed["weight"].scheme.scale.outer.levels == "linear"
     first = float((model(x) - y).detach().square().mean())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     for _ in range(40):

@@ -13,8 +13,7 @@ from laconic.core.passes import run as run_pass
 from laconic.core.structure import Structure
 from laconic.errors import BadInput
 from laconic.nn import is_packed, unpack_parameter
-from laconic.nn.nested import NestedScales, nest, nested_of
-from laconic.numerics import NotFinite
+from laconic.numerics import NAMED, NestedScales, NotFinite
 from laconic.numerics.levels import normal_float
 from laconic.numerics.nested import dynamic_map
 from laconic.quant import (
@@ -59,7 +58,7 @@ def refused() -> tuple[nn.Module, list, str]:
 
 EXAMPLES = [
     Example(lambda: NF4(), kind="Pass", inputs=two_layers, stated={"bound": 0.15, "refused": refused}),
-    Example(lambda: NF4(nested=None), kind="Pass", inputs=two_layers, stated={"bound": 0.15, "refused": refused}),
+    Example(lambda: NF4(NAMED["nf4"].plain), kind="Pass", inputs=two_layers, stated={"bound": 0.15, "refused": refused}),
 ]
 
 
@@ -142,7 +141,9 @@ def test_nested_scales_keep_their_type_and_move():
     model.to(torch.bfloat16)
     assert model[0].weight_scale_absmax.dtype == model[0].weight_scale_offset.dtype == torch.float32
     assert model[0](x.bfloat16()).dtype == torch.bfloat16 and model[0].weight.dtype == torch.bfloat16
-    assert model[0].weight_scale.shape == (32, 2) and nested_of(model[0]) == NestedScales()
+    scale = model[0].packed_operands("weight")[1]
+    assert scale.shape == (32, 2) and scale.dtype == torch.float32
+    assert model[0]._packed["weight"].scheme.scale.outer == NestedScales()
     again = copy.deepcopy(model)
     assert torch.equal(again[0].weight, model[0].weight)
 
@@ -289,8 +290,6 @@ def test_refusals():
         merge_lora_(nn.Sequential(nn.Linear(8, 8)))
     with pytest.raises(ValueError, match="for linear layers, not for a Conv2d"):
         LoRALinear(nn.Conv2d(2, 2, 1), 2)
-    with pytest.raises(ValueError, match="Linear holds no packed 'weight'"):
-        nest(nn.Linear(2, 2), "weight", NestedScales())
     for wrong in ({"levels": "log"}, {"bits": 4}, {"block": 0}, {"dtype": "bfloat16"}):
         with pytest.raises(ValueError, match="scales"):
             NestedScales(**wrong)

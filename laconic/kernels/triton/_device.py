@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laconic.numerics import Binary, Int, Levels, Scheme, Ternary
+from laconic.numerics import Binary, Float, Int, Levels, Scheme, Ternary
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 NO_GROUP = 0  # as GROUP: one scale for the whole row
@@ -80,7 +80,7 @@ def format_of(scheme: Scheme, k: int, per_row: bool) -> Format:
     element = scheme.element
     if isinstance(element, Ternary):
         return Format("ternary", 0, 5, group, per_row, "none")
-    kinds = {Int: "int", Levels: "levels", Binary: "binary"}
+    kinds = {Int: "int", Levels: "levels", Float: "levels", Binary: "binary"}
     if type(element) not in kinds:
         raise ValueError(f"{scheme}: there is no Triton kernel for elements like {element}")
     bits = element.bits
@@ -88,8 +88,8 @@ def format_of(scheme: Scheme, k: int, per_row: bool) -> Format:
 
 
 def table_of(scheme: Scheme, device: torch.device) -> Tensor | None:
-    """The levels of a `Levels` element, float32, on the device; None for other elements."""
-    return _table(scheme.element.table, device) if isinstance(scheme.element, Levels) else None
+    """The levels of a `Levels` or `Float` element, float32, on the device; None for other elements."""
+    return _table(scheme.element.table, device) if isinstance(scheme.element, Levels | Float) else None
 
 
 @functools.lru_cache(maxsize=64)

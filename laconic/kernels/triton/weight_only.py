@@ -28,7 +28,7 @@ from torch import Tensor
 
 from laconic.kernels.triton._device import FLOATS, Format, format_of, on_device, processors, table_of
 from laconic.kernels.triton._products import _gemm, _gemv, _reduce, _rows
-from laconic.numerics import Scheme
+from laconic.numerics import Codebook, Scheme
 
 __all__ = ["GEMV_ROWS", "dequantize", "embedding", "experts", "input_not_covered", "linear", "not_covered"]
 
@@ -48,6 +48,8 @@ def not_covered(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Schem
         return "a matrix without elements"
     if scheme.scale.granularity == "token":
         return "scales per token, which belong to activations"
+    if isinstance(scheme.element, Codebook):
+        return "a codebook, whose table lies with the tensor"
     groups = scheme.scale.groups(k) if scheme.scale.granularity == "group" else 1
     if tuple(codes.shape) != (rows, scheme.element.words(k)) or codes.dtype != torch.int32:
         return f"codes of {codes.dtype} and shape {tuple(codes.shape)}"
