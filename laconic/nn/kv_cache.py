@@ -157,13 +157,15 @@ class QuantizedLayer(CacheLayerMixin):
         first = self.get_seq_length() == 0
         differentiable = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         lazy = key_states.shape[2] <= MAX_QUERIES and not differentiable
-        past = None if first or lazy else self.states()
+        whole = None
+        if not first and not lazy:  # before the tokens are added, which moves what `states` gives views of
+            whole = tuple(torch.cat([old, new], 2) for old, new in zip(self.states(), (key_states, value_states), strict=True))
         self._add(key_states.detach(), value_states.detach())
         if first:
             return key_states, value_states
-        if past is None:
+        if whole is None:
             return CachedStates(self, 0), CachedStates(self, 1)
-        return torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+        return whole[0], whole[1]
 
     def _add(self, k: Tensor, v: Tensor) -> None:
         self.version += 1

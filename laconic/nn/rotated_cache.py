@@ -294,14 +294,17 @@ class RotatedQuantizedCache(QuantizedCache):
         return list(dict.fromkeys(found))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As that of `QuantizedCache`, of the positions too."""
         super().reorder_cache(beam_idx)
         self._select_positions(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As that of `QuantizedCache`, of the positions too."""
         super().batch_repeat_interleave(repeats)
         self._select_positions(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As that of `QuantizedCache`, of the positions too."""
         super().batch_select_indices(indices)
         self._select_positions(lambda x: x[indices].contiguous())
 

@@ -109,6 +109,16 @@ def test_on_packed_numbers_or_dequantized_the_same(name: str, monkeypatch: pytes
         torch.testing.assert_close(got, found, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_long_step_sees_what_was_exact_until_then(name: str) -> None:
+    """The step that packs the first tokens has read them as floats."""
+    model, ids = build(CONFIGS[name]), tokens(1, 96)
+    want = stepwise(model, ids, DynamicCache(config=model.config), [32, 32, 32])
+    got = stepwise(model, ids, QuantizedCache(model.config, bits=2, residual=32), [32, 32, 32])
+    torch.testing.assert_close(got[:, :64], want[:, :64], rtol=1e-4, atol=1e-4)
+    assert off(got[:, 64:], want[:, 64:]) > 1e-3
+
+
 def test_generates_with_padding_on_the_left() -> None:
     model = build(CONFIGS["llama"])
     long, short = tokens(1, 60), tokens(1, 23)
