@@ -49,6 +49,7 @@ OPTIONAL = {
     "pyarrow": ("pyarrow", "data in Parquet files"),
     "onnx": ("onnx", "laconic export --to onnx"),
     "onnxscript": ("onnxscript", "laconic export --to onnx"),
+    "peft": ("peft", "training PEFT's adapters over packed layers"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }
 

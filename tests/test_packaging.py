@@ -70,7 +70,7 @@ def test_the_doctor_knows_the_tested_versions():
 
 def test_the_doctor_lists_the_extras_for_users():
     extras = META["optional-dependencies"]
-    named = {Requirement(text).name for text in (*extras["tasks"], *extras["interop"])}
+    named = {Requirement(text).name for text in (*extras["tasks"], *extras["interop"], *extras["adapters"])}
     assert named == {package for package, _ in doctor.OPTIONAL.values()}
 
 

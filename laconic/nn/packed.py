@@ -21,6 +21,7 @@ the owner's tensors, so ties hold on disk, in memory and after every `.to(...)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -430,3 +431,31 @@ def fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
 def unpack_parameter(module: nn.Module, name: str) -> Tensor:
     """The float value of a packed parameter."""
     return _value(module, name)  # type: ignore[arg-type]
+
+
+def make_float(modules: Iterable[nn.Module]) -> None:
+    """Turn packed modules back into their own classes with float parameters, in place; tied ones share one.
+
+    Args:
+        modules: packed; with an alias goes its owner, and with an owner all its aliases.
+    """
+    packed = [module for module in modules if isinstance(module, Packed)]
+    made: dict[tuple[int, str], nn.Parameter] = {}
+    for module in packed:
+        for name in module._packed:
+            owner, own = module._packed_owner.get(name, (module, name))
+            if (id(owner), own) not in made:
+                value = unpack_parameter(owner, own).detach().to(module._packed_dtype)
+                made[id(owner), own] = nn.Parameter(value.contiguous(), requires_grad=False)
+    for module in packed:
+        names, owners = dict(module._packed), dict(module._packed_owner)
+        module.__class__ = module._laconic_original  # type: ignore[assignment]
+        for name in names:
+            for home in (module._parameters, module._buffers):
+                # Beside what the spec names there may be nested scales, which have suffixes of their own.
+                for stored in [key for key in home if key.startswith((f"{name}_packed", f"{name}_scale"))]:
+                    del home[stored]
+                for suffix in ("zero_point", "zero", "order", "shape"):
+                    home.pop(f"{name}_{suffix}", None)
+            owner, own = owners.get(name, (module, name))
+            module.register_parameter(name, made[id(owner), own])
