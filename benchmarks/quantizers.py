@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from peer_llm_compressor import modifier, perplexity
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 MARK = "RESULT "  # before the line of JSON that a setting's process prints
 BITS = 4
 Weights = dict[str, torch.Tensor]
@@ -235,7 +235,6 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     with np.load(options.work / "windows.npz") as arrays:
         ids = torch.from_numpy(arrays["calibrate"])[: options.samples]
     clock = Clock()
-    # Paths are absolute and the folder is another: nobody's files of the same name as a package are in the way.
     weights = run(options.work / "model", ids, options.group, clock, options.task, method)
     values = {name: value.detach().to(torch.float32).contiguous() for name, value in weights.items()}
     save_file(values, options.work / "values.safetensors")
@@ -281,7 +280,7 @@ def in_own_process(python: str, options: argparse.Namespace, *more: str) -> dict
     ]  # fmt: skip
     before = os.getloadavg()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, cwd=options.work)
     except subprocess.TimeoutExpired:
         return {"failed": f"it took more than {options.limit} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -306,7 +305,7 @@ def interpreters(given: list[str]) -> dict[str, str]:
         name, _, path = text.partition("=")
         if name not in PROGRAMS or not path:
             sys.exit(f"--python {text}: NAME=PATH, where NAME is one of {', '.join(PROGRAMS)}")
-        found[name] = path
+        found[name] = os.path.abspath(path)
     return found
 
 
