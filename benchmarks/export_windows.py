@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from laconic.pipeline.compress import load_task_model, positions
+from laconic.pipeline.observe import positions
 from laconic.pipeline.source import resolve
-from laconic.tasks import load_task
+from laconic.tasks import load_task, own_model
 
 BATCH = 8  # calibration takes whole batches of this many windows, as `compress` does
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder for the float weights")
     parser.add_argument("--tokens", type=int, default=16384)
     options = parser.parse_args()
-    source = resolve(load_task_model(options.task))
+    source = resolve(own_model(options.task))
     task = load_task(options.task, source)
     calibrate, seen = [], 0
     for batch in task.batches("calibrate", batch=BATCH):

@@ -1,8 +1,8 @@
-"""Registration with transformers, without importing it: at once where it is loaded, else when it comes.
+"""Registration with transformers and peft, without importing them: at once where they are loaded, else when they come.
 
-`AutoModel.from_pretrained(folder)` finds laconic's quantizer in a table of `transformers.quantizers.auto`.
-Importing that module takes seconds, so `import laconic` only leaves a finder on `sys.meta_path` that waits
-for it.
+`AutoModel.from_pretrained(folder)` finds laconic's quantizer in a table of `transformers.quantizers.auto`, and peft is told
+what merging into packed layers takes. Importing those modules takes seconds, so `import laconic` only leaves finders on
+`sys.meta_path` that wait for them.
 """
 
 from __future__ import annotations
@@ -17,38 +17,46 @@ from types import ModuleType
 
 __all__ = ["register_when_imported"]
 
-_WATCHED = "transformers.quantizers.auto"
-_REGISTERS = "laconic.pipeline.hf"
+# Module that is waited for -> ours, whose import registers.
+_REGISTERS = {
+    "transformers.quantizers.auto": "laconic.pipeline.hf",
+    "peft.tuners.tuners_utils": "laconic.pipeline.peft",
+}
 
 
 def register_when_imported() -> None:
-    """Make transformers able to load laconic's artifacts, now or as soon as it is imported."""
-    if _WATCHED in sys.modules:
-        importlib.import_module(_REGISTERS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Make transformers load laconic's artifacts and peft merge into them, now or as soon as they are imported."""
+    waiting = {finder.watched for finder in sys.meta_path if isinstance(finder, _Finder)}
+    for watched, ours in _REGISTERS.items():
+        if watched in sys.modules:
+            importlib.import_module(ours)
+        elif watched not in waiting:
+            sys.meta_path.insert(0, _Finder(watched))
 
 
 class _Finder(MetaPathFinder):
     """Finds one module as Python would, and wraps its loader; leaves `sys.meta_path` when it has."""
 
+    def __init__(self, watched: str):
+        self.watched = watched
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname != self.watched:
             return None
         sys.meta_path.remove(self)  # first, or the search below would come back here
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, _REGISTERS[fullname])
         return spec
 
 
 class _Loader(Loader):
     """The loader of the watched module, and then the registration."""
 
-    def __init__(self, loader: Loader):
-        self._loader = loader
+    def __init__(self, loader: Loader, ours: str):
+        self._loader, self._ours = loader, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -58,4 +66,4 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader  # what asks the module for its source finds it
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        importlib.import_module(_REGISTERS)
+        importlib.import_module(self._ours)

@@ -50,6 +50,7 @@ OPTIONAL = {
     "onnx": ("onnx", "laconic export --to onnx"),
     "onnxscript": ("onnxscript", "laconic export --to onnx"),
     "ray": ("ray", "laconic compress --distribute ray:N"),
+    "peft": ("peft", "training PEFT's adapters over packed layers"),
     "sklearn": ("scikit-learn", "the linear probe of the task minilm-bbc"),
 }
 

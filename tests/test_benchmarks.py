@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from laconic.interop.gptq import gptq_tensors
+from laconic.interop.matrix import QuantizedMatrix
+from laconic.numerics import Scheme, affine_params, quantize
 from laconic.tasks.language import PerplexityTask
 from tests.pipeline.runs import save, token_file
 from tests.zoo import ZOO
@@ -177,3 +182,35 @@ def test_a_long_context_is_read_through_every_cache():
     assert [(row["tokens"], row["arm"]) for row in rows] == [(n, a) for n in (96, 192) for a in (*arms, "transformers, sdpa")]
     assert rows[0]["ratio"] == 1 and rows[0]["worse_percent"] == 0 and rows[5]["bytes"] < rows[4]["bytes"] / 2
     assert all(long.line(row) for row in rows) and all("</svg>" in drawn for drawn in long.plots(rows).values())
+
+
+# --- quantizers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_quantizers_read_the_values_of_a_gptq_folder(tmp_path, version):
+    scheme = Scheme.parse("v1/int4/group32/float16/minmax/zint/nearest")
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    scale, zero = affine_params(x, scheme)
+    matrix = QuantizedMatrix(scheme, quantize(x, scale, zero, scheme), scale, zero)
+    matrix.zero[matrix.zero == 0] = 1  # version 1 has no other way to write it
+    tensors = gptq_tensors(matrix, version)
+    save_file({f"a.b.{ending}": value for ending, value in tensors.items()}, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"checkpoint_format": version}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = script("quantizers").gptq_weights(tmp_path)
+    assert set(found) == {"a.b.weight"} and torch.equal(found["a.b.weight"], matrix.values())
+
+
+def test_quantizers_say_what_is_missing(tmp_path, capsys, monkeypatch):
+    quantizers = script("quantizers")
+    with pytest.raises(SystemExit, match="--python torch=x: NAME=PATH, where NAME is one of laconic, llm-compressor"):
+        quantizers.interpreters(["torch=x"])
+    monkeypatch.setattr(quantizers, "prepare", lambda options: None)
+    monkeypatch.setattr(quantizers, "in_own_process", lambda *_: {"perplexity": 9.0})
+    out = tmp_path / "record.json"
+    given = ["tiny-lm", "--only", "torchao", "--work", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["quantizers.py", *given])
+    quantizers.main()
+    assert "torchao    rtn  failed: no --python torchao=PATH" in capsys.readouterr().out
+    assert json.loads(out.read_text())["rows"][0]["failed"] == "no --python torchao=PATH"

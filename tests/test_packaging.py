@@ -70,7 +70,7 @@ def test_the_doctor_knows_the_tested_versions():
 
 def test_the_doctor_lists_the_extras_for_users():
     extras = META["optional-dependencies"]
-    named = {Requirement(text).name for text in (*extras["tasks"], *extras["interop"], *extras["ray"])}
+    named = {Requirement(text).name for name in ("tasks", "interop", "ray", "adapters") for text in extras[name]}
     assert named == {package for package, _ in doctor.OPTIONAL.values()}
 
 
@@ -147,7 +147,9 @@ def test_the_doctor_tries_every_registered_op():
     assert all(int(c.detail.split()[0]) >= 5 for c in tried.values())
 
 
-@pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[..., :-1], lambda y: y.half()])
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y * 1.001, lambda y: y * float("nan"), lambda y: y[..., :-1], lambda y: y.half()]
+)
 def test_the_doctor_finds_a_wrong_op(monkeypatch, wrong):
     """A kernel that is off by a thousandth, breaks down, or gives another shape or type."""
     from laconic.kernels import ops

@@ -10,7 +10,10 @@
     W = scale (q - zero),  q in [-2^(b-1), 2^(b-1) - 1]
 
 Releases before the dense packer put floor(32 / b) values into a word; for 3, 5, 6 and 7 bits they are told by their width.
-Inputs that are rounded to 8 bits token by token are rounded by our kernels as well, by the same rule.
+Inputs that are rounded to 8 bits, token by token or all by one scale that is known before, are rounded by our kernels as
+well, by the same rule; the one scale is stored:
+
+    X.input_scale         (1,)
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laconic.kernels.inputs import INT8_TOKENS
+from laconic.kernels.inputs import INT8_TOKENS, int8_tensor, static_scale
 from laconic.numerics import Int, pack, unpack, words_per_row
 
 from .checkpoint_form import Form, Read, Spec, integer_scheme
@@ -33,6 +36,7 @@ __all__ = ["CompressedTensors", "compressed_tensors_config", "compressed_tensors
 
 FORMATS = ("pack-quantized", "int-quantized")
 _TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 class CompressedTensors(Form):
@@ -145,7 +149,7 @@ class CompressedTensors(Form):
             scale.contiguous(),
             zero,
             None if order is None else order.to(torch.int32),
-            self._rounding(path, inputs),
+            self._rounding(path, inputs, read),
         )
 
     def _unpacked(self, path: str, words: Tensor, bits: int, k: int) -> Tensor:
@@ -165,15 +169,28 @@ class CompressedTensors(Form):
             return (stored.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).reshape(rows, groups)
         return self._unpacked(path, stored.t().contiguous(), bits, rows).t().contiguous()
 
-    def _rounding(self, path: str, inputs: dict[str, Any] | None) -> str:
+    def _rounding(self, path: str, inputs: dict[str, Any] | None, read: Read) -> str:
         if not inputs:
             return ""
         if all(inputs.get(key) == value for key, value in _TOKENS.items()):
             return INT8_TOKENS
+        if all(inputs.get(key) == value for key, value in _STATIC.items()):
+            return self._static(path, read)
         note = "the rounding of inputs that it asks for is not carried out: inputs stay float"
         if note not in self.notes:
             self.notes.append(note)
         return ""
+
+    def _static(self, path: str, read: Read) -> str:
+        try:
+            scale = read(f"{path}.input_scale").float().reshape(-1)
+        except KeyError:
+            raise self.refused(
+                f"whose {path} rounds its inputs by a scale, and there is no {path}.input_scale", "download it again"
+            ) from None
+        if scale.numel() != 1 or not 0 < float(scale) < float("inf"):
+            raise self.refused(f"whose {path}.input_scale is not one positive number", "download it again")
+        return int8_tensor(float(scale))
 
     def values(self, path: str, read: Read, spec: Spec) -> Tensor:
         """W, for any order of groups."""
@@ -207,6 +224,8 @@ def compressed_tensors_tensors(matrix: QuantizedMatrix, version: str = "pack-qua
         back = matrix.order.argsort()
         codes = codes.index_select(1, back)
         found["weight_g_idx"] = (torch.arange(k, dtype=torch.int32) // scheme.scale.group_of(k)).index_select(0, back)
+    if known := static_scale(matrix.inputs):
+        found["input_scale"] = torch.tensor([known])
     scale = matrix.scale.reshape(1) if scheme.scale.granularity == "tensor" else matrix.scale.contiguous()
     if version == "int-quantized":
         found |= {"weight": (codes.to(torch.int16) - half).to(torch.int8), "weight_scale": scale}
@@ -231,19 +250,20 @@ def compressed_tensors_config(layers: Mapping[str, QuantizedMatrix], floats: lis
             scale.granularity,
             length or 0,
             matrix.order is not None,
-            matrix.inputs,
+            "static" if static_scale(matrix.inputs) else matrix.inputs,
         )
         groups.setdefault(key, []).append(path)
     said = {}
     for i, (key, paths) in enumerate(sorted(groups.items())):
         bits, symmetric, strategy, length, sorted_, inputs = key
         said[f"group_{i}"] = {
-            "targets": sorted(paths),
+            # Of each group: without it a reader infers pack-quantized from weights alone, whatever the folder's format.
+            "targets": sorted(paths), "format": version,
             "weights": {
                 "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy,
                 "group_size": length or None, "dynamic": False, "actorder": "group" if sorted_ else None,
             },
-            "input_activations": dict(_TOKENS) if inputs == INT8_TOKENS else None, "output_activations": None,
+            "input_activations": dict(_TOKENS if inputs == INT8_TOKENS else _STATIC) if inputs else None, "output_activations": None,
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": version, "quantization_status": "compressed",

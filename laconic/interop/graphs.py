@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from laconic.core.record import owner_of
 from laconic.errors import BadInput
-from laconic.nn import packed_specs, unpack_parameter
+from laconic.nn import make_float, packed_specs
 from laconic.nn.packed import Packed
 from laconic.numerics import Int
 
@@ -205,27 +205,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _floats(model: nn.Module) -> nn.Module:
     """A copy with float parameters where packed ones are; tied ones stay one."""
     found = copy.deepcopy(model)
-    made: dict[tuple[int, str], nn.Parameter] = {}
-    modules = [module for module in found.modules() if isinstance(module, Packed)]
-    for module in modules:
-        for name in module._packed:
-            owner, own = module._packed_owner.get(name, (module, name))
-            key = id(owner), own
-            if key not in made:
-                value = unpack_parameter(owner, own).to(module._packed_dtype)
-                made[key] = nn.Parameter(value.contiguous(), requires_grad=False)
-    for module in modules:
-        names, owners = dict(module._packed), dict(module._packed_owner)
-        values = {
-            name: made[(id(owners[name][0]), owners[name][1]) if name in owners else (id(module), name)]
-            for name in names
-        }
-        module.__class__ = module._laconic_original  # type: ignore[assignment]
-        for name, spec in names.items():
-            for suffix in spec.tensors():
-                module._parameters.pop(f"{name}_{suffix}", None)
-                module._buffers.pop(f"{name}_{suffix}", None)
-            module.register_parameter(name, values[name])
+    make_float(found.modules())
     return found
 
 

@@ -109,7 +109,10 @@ def why_not(block: nn.Module, family: Family) -> str:
     """Why a block cannot run the short way; "" if it can."""
     linear = [getattr(family, part) for part in ("q", "k", "v", "o", "gate", "up", "down") if getattr(family, part)]
     for path in linear:
-        layer = block.get_submodule(path)
+        try:
+            layer = block.get_submodule(path)
+        except AttributeError:
+            return f"{path} is not there"
         if not isinstance(layer, nn.Linear):
             return f"{path} is a {type(layer).__name__} and no linear layer"
         if type(layer).forward is not nn.Linear.forward and not isinstance(layer, Packed):
@@ -238,6 +241,8 @@ class _Prepared:
         self.family = family
         self.kept: list[tuple[dict[str, Any], str, int]] = []  # where a tensor was found, and its address
         self.modules = [m for m in block.modules() if m is not block]
+        # An adapter takes the place of a layer, whose own tensors stay what they are.
+        self.places = [(m._modules, name, child) for m in block.modules() for name, child in m._modules.items()]
         attention: Any = block.get_submodule(family.attention)
         self.layer_index = getattr(attention, "layer_idx", None)
         layers = {part: self._layer(block, path) for part in _LINEAR if (path := getattr(family, part))}
@@ -308,7 +313,9 @@ class _Prepared:
         return native.module().Norm(weight.data_ptr(), address, weight.numel(), self.width, _eps_of(module), centred)
 
     def current(self) -> bool:
-        """Whether the block's tensors are still those whose addresses were taken."""
+        """Whether the block's parts and tensors are still those whose addresses were taken."""
+        if any(home.get(name) is not child for home, name, child in self.places):
+            return False
         return all((tensor := home.get(name)) is not None and tensor.data_ptr() == at for home, name, at in self.kept)
 
     def hooked(self) -> bool:

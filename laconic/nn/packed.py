@@ -22,6 +22,7 @@ the owner's tensors, so ties hold on disk, in memory and after every `.to(...)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -446,3 +447,28 @@ def fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
 def unpack_parameter(module: nn.Module, name: str) -> Tensor:
     """The float value of a packed parameter."""
     return _value(module, name)  # type: ignore[arg-type]
+
+
+def make_float(modules: Iterable[nn.Module]) -> None:
+    """Turn packed modules back into their own classes with float parameters, in place; tied ones share one.
+
+    Args:
+        modules: packed; with an alias goes its owner, and with an owner all its aliases.
+    """
+    packed = [module for module in modules if isinstance(module, Packed)]
+    made: dict[tuple[int, str], nn.Parameter] = {}
+    for module in packed:
+        for name in module._packed:
+            owner, own = module._packed_owner.get(name, (module, name))
+            if (id(owner), own) not in made:
+                value = unpack_parameter(owner, own).detach().to(module._packed_dtype)
+                made[id(owner), own] = nn.Parameter(value.contiguous(), requires_grad=False)
+    for module in packed:
+        specs, owners = dict(module._packed), dict(module._packed_owner)
+        module.__class__ = module._laconic_original  # type: ignore[assignment]
+        for name, spec in specs.items():
+            for home in (module._parameters, module._buffers):
+                for suffix in spec.tensors():
+                    home.pop(f"{name}_{suffix}", None)
+            owner, own = owners.get(name, (module, name))
+            module.register_parameter(name, made[id(owner), own])

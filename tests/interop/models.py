@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laconic.kernels.inputs import int8_tensor
 from laconic.numerics import Scheme
 from laconic.pipeline.source import resolve
 from tests.pipeline.artifacts import round_records, write_artifact
@@ -43,6 +44,16 @@ def rounded_to(model: nn.Module, folder: Path, scheme: str, *, head: bool = True
     source = resolve(model)
     records = round_records(source, Scheme.parse(scheme))
     kept = [r for r in records if head or not r.path.startswith(("lm_head", "model.embed_tokens"))]
+    return write_artifact(folder, source, kept)
+
+
+def static_inputs(model: nn.Module, folder: Path) -> Path:
+    """The artifact of a model whose blocks are int8 and round their inputs by a scale of each layer."""
+    source = resolve(model)
+    records = round_records(source, Scheme.parse("v1/int8/channel/float32/minmax/znone/nearest"))
+    kept = [r for r in records if not r.path.startswith(("lm_head", "model.embed_tokens"))]
+    for i, record in enumerate(kept):
+        record.data["spec"]["inputs"] = int8_tensor(0.02 + 0.01 * i)
     return write_artifact(folder, source, kept)
 
 

@@ -26,7 +26,7 @@ from laconic.numerics import Int, Scale, Scheme, affine_params, quantize
 from laconic.pipeline.export import export
 from laconic.pipeline.source import resolve
 from laconic.testing.vectors import folder
-from tests.interop.models import drawn, logits, off, rounded_to
+from tests.interop.models import drawn, logits, off, rounded_to, static_inputs
 from tests.pipeline.artifacts import write_artifact
 from tests.pipeline.runs import run_cli
 
@@ -198,6 +198,22 @@ def test_inputs_that_are_rounded_stay_so(model, tmp_path):
     source = resolve(tmp_path / "out", quantized=True)
     assert {record.spec.inputs for record in source.records()} == {""}
     assert any("inputs stay float" in note for note in source.notes)
+
+
+def test_one_stored_scale_of_inputs_stays_so(model, tmp_path):
+    folder = static_inputs(model, tmp_path / "artifact")
+    said = export(folder, "int-quantized", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    assert said["exact"] and config["config_groups"]["group_0"]["input_activations"] == wanted
+    ours, theirs = laconic.load(folder), laconic.load(tmp_path / "out")
+    assert {p: s.inputs for p, s in packed_specs(theirs).items()} == {
+        p: s.inputs for p, s in packed_specs(ours).items()
+    }
+    assert torch.equal(logits(theirs, IDS), logits(ours, IDS))
+    rewrite(tmp_path / "out", lambda t, c: t.pop("model.layers.0.mlp.up_proj.input_scale"))
+    with pytest.raises(BadInput, match="no model.layers.0.mlp.up_proj.input_scale"):
+        laconic.load(tmp_path / "out")
 
 
 def test_a_loaded_checkpoint_is_saved_and_loaded_by_transformers(model, tmp_path):
