@@ -174,7 +174,7 @@ _by_reference = False
 
 def _cpu_linear(x, codes, scale, zero=None, bias=None, residual=None, *, scheme, act="none", inputs=""):
     how = Scheme.parse(scheme)
-    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS
+    fast = not _by_reference and native.load() is not None and act in ACTIVATIONS and cpu_linear.takes(how)
     if fast and not torch.is_autocast_enabled("cpu"):  # else torch says in which type to compute
         known = static_scale(inputs)  # also where it is not taken: a word that is not known is refused
         int8 = bool(inputs) and cpu_linear.takes_int8(how, x.shape[-1])
