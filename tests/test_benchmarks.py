@@ -196,7 +196,7 @@ def weight_bench(monkeypatch):
 def test_weight_methods_are_compared_at_equal_bits_and_taken_up_again(weight_bench, tmp_path, capsys):
     weights, bench = weight_bench
     file = tmp_path / "two.json"
-    names = ["rtn", "gptq", "gptq + bias", "awq", "rsq", "nf", "minmax", "lq_lora", "adaquant", "jlcm"]
+    names = ["rtn", "gptq", "awq", "rsq", "minmax", "lq_lora", "adaquant", "jlcm"]
     data = weights.run(bench, weights.Record(file, bench), names, (8, 2))
     plans = data["plans"]
     assert set(data["left_out"]) == {"rsq"} and file.is_file()
