@@ -288,6 +288,11 @@ class Method:
     own: Callable[[Bench, Ground, list[str], int], int] | None = None
     takes: Callable[[Unit], bool] = lambda unit: unit.op in OPERATIONS and len(unit.names) == 1
 
+    @property
+    def mixable(self) -> bool:
+        """Whether bits can be allocated under it, among integers in groups."""
+        return self.recipe is not None and self.form == "group"
+
 
 def _by(method: recipes.Method, *further: Step) -> Callable[[int, int], Recipe]:
     """Passes of a method, among others; awq searches its scales by the scheme of the plan."""
@@ -472,10 +477,17 @@ class Bench(Run):
 
         return self.measured(recipe, plan)
 
-    def mixed(self, method: Method, ceiling: int) -> Plan:
-        """Measure a method with bits allocated under a ceiling of bytes."""
-        assert method.recipe is not None
-        recipe = method.recipe(4, self.settings.steps)
+    def mixed(self, against: str, against_drop: float, ceiling: int) -> Plan:
+        """Measure a method with bits allocated under a ceiling of bytes, those of its uniform plan.
+
+        Args:
+            against: the method.
+            against_drop: what its uniform plan lost, for the record.
+            ceiling: bytes.
+        """
+        made = METHODS[against].recipe
+        assert made is not None
+        recipe = made(4, self.settings.steps)
         step = recipe.quantize
         assert step is not None
 
@@ -486,7 +498,7 @@ class Bench(Run):
                 unit.options = sorted(every.values(), key=unit.stored, reverse=True)
             return fit(self.ground, self._option_costs(), ceiling)
 
-        return self.measured(recipe, plan)
+        return {**self.measured(recipe, plan), "against": against, "against_drop": against_drop, "ceiling": ceiling}
 
     def measured(self, recipe: Recipe, plan: Callable[[], Choice]) -> Plan:
         """Solve a recipe by a plan and measure what it gives."""
@@ -690,29 +702,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def run(bench: Bench, record: Record, methods: Sequence[str], widths: Sequence[int]) -> dict[str, Any]:
-    """All methods at all widths, those that train last, and a mixed plan for each width."""
+    """Those that can be mixed at all widths, a mixed plan for each width, and the others, of which those that train last."""
     skip = dict(bench.settings.skip)
-    for name in methods:
-        why = skip.get(name) or bench.refusal(METHODS[name])
-        if why:
-            record.leave_out(name, why)
-            continue
-        for bits in widths:
-            record.measure(name, bits, lambda name=name, bits=bits: bench.uniform(METHODS[name], bits))
+    mixable = [name for name in methods if METHODS[name].mixable]
+
+    def measure(names: Iterable[str]) -> None:
+        for name in names:
+            why = skip.get(name) or bench.refusal(METHODS[name])
+            if why:
+                record.leave_out(name, why)
+                continue
+            for bits in widths:
+                record.measure(name, bits, lambda name=name, bits=bits: bench.uniform(METHODS[name], bits))
+
+    measure(mixable)
     for bits in widths:
-        ours = [
-            p
-            for p in record.of(bits)
-            if METHODS[p["method"]].recipe is not None and METHODS[p["method"]].form == "group"
-        ]
-        if ours:
-            best = min(ours, key=lambda p: (p["drop"], p["bytes"]))
+        if uniform_plans := [p for p in record.of(bits) if METHODS[p["method"]].mixable]:
+            best = min(uniform_plans, key=lambda p: (p["drop"], p["bytes"]))
             against = {"against": best["method"], "against_drop": best["drop"], "ceiling": best["bytes"]}
-            record.measure(
-                MIXED, bits,
-                lambda best=best, against=against: {**bench.mixed(METHODS[best["method"]], best["bytes"]), **against},
-                against,
-            )  # fmt: skip
+            record.measure(MIXED, bits, lambda against=against: bench.mixed(**against), against)
+    measure(name for name in methods if name not in mixable)
     record.write()
     print(tables(record.data))
     return record.data
