@@ -68,7 +68,8 @@ def chart(
     places = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
     x0, x1 = _range([x for x, _ in places])
     y0, y1 = _range([y for _, y in places])
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    height = max(HEIGHT, TOP + 18 * len(kept) + BOTTOM)
+    right, bottom = WIDTH - RIGHT, height - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
         return LEFT + (right - LEFT) * (x - x0) / (x1 - x0), bottom - (bottom - TOP) * (y - y0) / (y1 - y0)
@@ -84,7 +85,7 @@ def chart(
         parts.append(f'<text class="dim" text-anchor="middle" x="{px:.1f}" y="{bottom + 16}">{shown:.3g}</text>')
         parts.append(f'<text class="dim" text-anchor="end" x="{LEFT - 6}" y="{py + 4:.1f}">{y:.3g}</text>')
     middle = (LEFT + right) / 2
-    parts.append(f'<text class="dim" text-anchor="middle" x="{middle}" y="{HEIGHT - 8}">{escape(across)}</text>')
+    parts.append(f'<text class="dim" text-anchor="middle" x="{middle}" y="{height - 8}">{escape(across)}</text>')
     parts.append(
         f'<text class="dim" text-anchor="middle" transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)">{escape(up)}</text>'
     )
@@ -102,7 +103,7 @@ def chart(
         ]
         parts.append(f'<rect x="{right + 14}" y="{TOP + 18 * i}" width="10" height="10" {painted}/>')
         parts.append(f'<text x="{right + 29}" y="{TOP + 9 + 18 * i}">{escape(name)}</text>')
-    return _page(WIDTH, max(HEIGHT, TOP + 18 * len(kept) + 10), title, parts)
+    return _page(WIDTH, height, title, parts)
 
 
 def cells(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, unit: float = 1.0) -> str:
