@@ -10,7 +10,7 @@ that `compress` would write. Codebooks, adapters and ZeroQ's ranges have no plac
 their own functions on a copy of the model, and the bytes of what they would store are counted.
 
 **Mixed plans.** At the bytes of the best uniform plan of each width, the allocator of `compress` chooses a scheme for each
-parameter, that of the uniform plan among them, and the same method rounds. "Best" is by the figure that is compared, so the
+parameter, those of the uniform plans among them, and the same method rounds. "Best" is by the figure that is compared, so the
 uniform side has the better of it.
 
 **Quality** is the drop on the verify split of laconic's own task, or a part of it that is drawn by its order, with the 95 %
@@ -75,6 +75,7 @@ BITS = (8, 4, 3, 2)
 GROUP = 64
 SEED = 0
 RANK = 8  # of adapters: at 64 and these widths they would weigh more than what they repair
+INTEGERS = ("group", "row")  # forms of plans that bits are allocated among
 OPERATIONS = ("linear", "conv")  # layers that methods by data look at
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "color", "grass", "gravel", "horse",
@@ -493,7 +494,8 @@ class Bench(Run):
 
         def plan() -> Choice:
             for unit in self.ground.packable:  # the uniform plans are among those that it may choose
-                every = {str(s): s for b in step.bits if (s := self.fitting(unit, b)) is not None}
+                forms = [(bits, form) for bits in step.bits for form in INTEGERS]
+                every = {str(s): s for one in forms if (s := self.fitting(unit, *one)) is not None}
                 every |= {str(s): s for s in unit.options}
                 unit.options = sorted(every.values(), key=unit.stored, reverse=True)
             return fit(self.ground, self._option_costs(), ceiling)
@@ -720,7 +722,7 @@ def run(bench: Bench, record: Record, methods: Sequence[str], widths: Sequence[i
         if uniform_plans := [p for p in record.of(bits) if METHODS[p["method"]].mixable]:
             best = min(uniform_plans, key=lambda p: (p["drop"], p["bytes"]))
             against = {"against": best["method"], "against_drop": best["drop"], "ceiling": best["bytes"]}
-            record.measure(MIXED, bits, lambda against=against: bench.mixed(**against), against)
+            record.measure(MIXED, bits, lambda against=against: bench.mixed(**against), against, INTEGERS)
     measure(name for name in methods if name not in mixable)
     record.write()
     print(tables(record.data))
