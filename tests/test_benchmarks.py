@@ -179,7 +179,9 @@ def test_a_long_context_is_read_through_every_cache():
     assert long.perplexities([torch.arange(9.0)], [10]) == [pytest.approx(np.exp(4.0))]
     arms = {name: long.ARMS[name] for name in ("floats", "2 bits, keys by channel", "2 bits, rotatekv")}
     rows = long.measure(model, [ids], [{"input_ids": ids}], [96, 192], 2, arms=arms)
-    assert [(row["tokens"], row["arm"]) for row in rows] == [(n, a) for n in (96, 192) for a in (*arms, "transformers, sdpa")]
+    assert [(row["tokens"], row["arm"]) for row in rows] == [
+        (n, a) for n in (96, 192) for a in (*arms, "transformers, sdpa")
+    ]
     assert rows[0]["ratio"] == 1 and rows[0]["worse_percent"] == 0 and rows[5]["bytes"] < rows[4]["bytes"] / 2
     assert all(long.line(row) for row in rows) and all("</svg>" in drawn for drawn in long.plots(rows).values())
 
@@ -214,3 +216,82 @@ def test_quantizers_say_what_is_missing(tmp_path, capsys, monkeypatch):
     quantizers.main()
     assert "torchao    rtn  failed: no --python torchao=PATH" in capsys.readouterr().out
     assert json.loads(out.read_text())["rows"][0]["failed"] == "no --python torchao=PATH"
+
+
+# --- weight_methods -------------------------------------------------------------------------------------------------
+
+
+class Two(torch.nn.Module):
+    """An embedding, a linear layer with rows of whole groups, one whose rows are shorter, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(40, 128)
+        self.norm = torch.nn.LayerNorm(128)
+        self.wide, self.narrow = torch.nn.Linear(128, 48), torch.nn.Linear(48, 10)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.narrow(torch.relu(self.wide(self.norm(self.table(ids).mean(1)))))
+
+
+@pytest.fixture
+def weight_bench(monkeypatch):
+    weights = script("weight_methods")
+    rng, made = np.random.default_rng(0), {}
+    for split, n in (("calibrate", 24), ("select", 8), ("verify", 40)):
+        made[split] = (torch.from_numpy(rng.integers(0, 40, (n, 6))),)
+    task = weights.FidelityTask("two", made, classifier=True)
+    bench = weights.Bench("two", weights.Settings(verify=32, select=8, calibrate=24, steps=3))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Two().eval()
+    bench.open(task, model, ((made["verify"][0][:2],), {}))
+    return weights, bench
+
+
+def test_weight_methods_are_compared_at_equal_bits_and_taken_up_again(weight_bench, tmp_path, capsys):
+    weights, bench = weight_bench
+    file = tmp_path / "two.json"
+    names = ["rtn", "gptq", "awq", "rsq", "minmax", "lq_lora", "adaquant", "jlcm"]
+    data = weights.run(bench, weights.Record(file, bench), names, (8, 2))
+    plans = data["plans"]
+    assert set(data["left_out"]) == {"rsq"} and file.is_file()
+    assert {p["method"] for p in plans.values()} == {*names, weights.MIXED} - {"rsq"}
+    assert plans["rtn/8"]["drop"] < 0.1 < plans["rtn/2"]["drop"]
+    assert plans["gptq/2"]["bytes"] == plans["rtn/2"]["bytes"] and plans["gptq/2"]["drop"] != plans["rtn/2"]["drop"]
+    assert all(p["low"] <= p["drop"] <= p["high"] and p["bytes"] < data["float"]["bytes"] for p in plans.values())
+    for bits in (8, 2):
+        mixed = plans[f"{weights.MIXED}/{bits}"]
+        assert mixed["bytes"] <= mixed["ceiling"] == plans[f"{mixed['against']}/{bits}"]["bytes"]
+    assert bench.quality(bench.kept.model)["drop"] == 0  # nothing of all this changed the float model
+    assert "<svg" in file.with_suffix(".svg").read_text() and "best uniform" in capsys.readouterr().out
+
+    measured = []
+    bench.uniform = lambda method, bits: measured.append((method, bits)) or dict(plans["rtn/2"])
+    assert weights.run(bench, weights.Record(file, bench), names, (8, 2))["plans"].keys() == plans.keys()
+    assert not measured
+    bench.settings = weights.replace(bench.settings, steps=4)
+    weights.run(bench, weights.Record(file, bench), ["rtn"], (2,))
+    assert measured == [(weights.METHODS["rtn"], 2)]
+
+
+def test_bytes_of_a_uniform_plan_are_those_of_the_file(weight_bench, tmp_path):
+    from laconic.pipeline.compress import compress
+
+    weights, bench = weight_bench
+    plan = {u.name: weights.uniform(u, 3) for u in bench.kept.packable}
+    assert str(plan["wide.weight"]).startswith("v1/int3/group64/")
+    assert str(plan["narrow.weight"]).startswith("v1/int3/channel/")
+    units = {name: str(scheme) for name, scheme in plan.items()}
+    made = weights.Recipe(passes=[weights.Quantize(method="rtn", inputs="float", units=units)])
+    out = compress(bench.kept.model, out=tmp_path / "out", recipe=made, example=bench.kept.source.example()).out
+    assert (out / "model.safetensors").stat().st_size == bench.uniform(weights.METHODS["rtn"], 3)["bytes"]
+
+
+def test_splits_are_shortened_by_their_order(weight_bench):
+    weights, bench = weight_bench
+    assert bench.task.sizes == {"calibrate": 24, "select": 8, "verify": 32}
+    assert len(bench.task.evaluate(bench.kept.model, "verify").per_example) == 32
+    windows = PerplexityTask("t", {split: np.arange(60).reshape(12, 5) for split in ("calibrate", "select", "verify")})
+    weights.shortened(windows, {"verify": 3})
+    assert windows.windows["verify"][:, 0].tolist() == [0, 20, 40]  # spread over the text

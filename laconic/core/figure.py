@@ -55,7 +55,8 @@ def chart(
     """Series of points (x, y) by name, joined by lines or not.
 
     Args:
-        series: points whose values are not finite are left out.
+        series: points whose values are not finite are left out. Where colours come again, lines are broken and points
+            hollow.
         title, across, up: what stands above, below and beside.
         joined: draw lines.
         log: x on a logarithmic axis; points at 0 or below are left out.
@@ -67,7 +68,8 @@ def chart(
     places = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
     x0, x1 = _range([x for x, _ in places])
     y0, y1 = _range([y for _, y in places])
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    height = max(HEIGHT, TOP + 18 * len(kept) + BOTTOM)
+    right, bottom = WIDTH - RIGHT, height - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
         return LEFT + (right - LEFT) * (x - x0) / (x1 - x0), bottom - (bottom - TOP) * (y - y0) / (y1 - y0)
@@ -83,23 +85,25 @@ def chart(
         parts.append(f'<text class="dim" text-anchor="middle" x="{px:.1f}" y="{bottom + 16}">{shown:.3g}</text>')
         parts.append(f'<text class="dim" text-anchor="end" x="{LEFT - 6}" y="{py + 4:.1f}">{y:.3g}</text>')
     middle = (LEFT + right) / 2
-    parts.append(f'<text class="dim" text-anchor="middle" x="{middle}" y="{HEIGHT - 8}">{escape(across)}</text>')
+    parts.append(f'<text class="dim" text-anchor="middle" x="{middle}" y="{height - 8}">{escape(across)}</text>')
     parts.append(
         f'<text class="dim" text-anchor="middle" transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)">{escape(up)}</text>'
     )
     for i, (name, points) in enumerate(kept.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
         drawn = [at(x, y) for x, y in points]
+        dashes = f' stroke-dasharray="{6 / again:.0f} 3"' if again else ""
+        painted = f'class="page" stroke="{colour}" stroke-width="2"' if again else f'fill="{colour}"'
         if joined and len(drawn) > 1:
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
-            parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
         parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{escape(name)}: {a:.4g}, {b:.4g}</title></circle>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" {painted}><title>{escape(name)}: {a:.4g}, {b:.4g}</title></circle>'
             for (x, y), (a, b) in zip(drawn, points, strict=True)
         ]
-        parts.append(f'<rect x="{right + 14}" y="{TOP + 18 * i}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<rect x="{right + 14}" y="{TOP + 18 * i}" width="10" height="10" {painted}/>')
         parts.append(f'<text x="{right + 29}" y="{TOP + 9 + 18 * i}">{escape(name)}</text>')
-    return _page(WIDTH, max(HEIGHT, TOP + 18 * len(kept) + 10), title, parts)
+    return _page(WIDTH, height, title, parts)
 
 
 def cells(rows: Mapping[str, Sequence[float]], columns: Sequence[str], title: str, unit: float = 1.0) -> str:

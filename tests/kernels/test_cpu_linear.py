@@ -210,3 +210,11 @@ class TestInputsOf8Bits:
         for scale in (0.1, 1 / 3, 1e-30, 3e30):
             assert static_scale(int8_tensor(scale)) == torch.tensor(scale).item()
             assert int8_tensor(static_scale(int8_tensor(scale))) == int8_tensor(scale)
+
+
+def test_a_table_that_fits_in_no_register_takes_the_reference():
+    """256 levels of NormalFloat: the op runs, as torch does it, and not the extension."""
+    scheme, operands, value = packed(6, 64, "v1/levelsnf8/group64/float16/minmax/znone/nearest")
+    x = noise(3, 64)
+    assert not cpu_linear.takes(scheme) and cpu_linear.takes(Scheme.parse(SCHEMES[-6]))
+    torch.testing.assert_close(torch.ops.laconic.linear(x, *operands, scheme=str(scheme)), x @ value.t())
