@@ -509,7 +509,7 @@ class Bench(Run):
         with tempfile.TemporaryDirectory(prefix="weight-methods-") as folder:
             self.workspace = Workspace(Path(folder) / "plan")
             self.workspace.open()
-            self._restore(recipe)
+            self.restore(recipe)
             found = self._attempt(recipe)
         seconds = time.perf_counter() - begin
         schemes: dict[str, int] = {}
@@ -529,7 +529,7 @@ class Bench(Run):
         """Measure a method that has no recipe; what it does not take is rounded to nearest."""
         assert method.own is not None
         begin = time.perf_counter()
-        self._restore(Recipe())
+        self.restore(Recipe())
         ground = self.ground
         names = [u.name for u in ground.packable if method.takes(u)]
         rest = {u.name: self.fitting(u, bits) for u in ground.packable if u.name not in names}

@@ -24,7 +24,6 @@ ACTS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 TABLE = 16  # entries of a table of levels at most
 
 _ZERO = {"none": 0, "int": 1, "real": 2}
-TABLE = 16  # levels, at most
 _SCALE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -69,11 +68,6 @@ def _table(element: Levels | Float | Binary) -> Tensor:
     """The levels of an element, kept for the life of the process, since the extension gets their address."""
     with torch.inference_mode(False):
         return torch.tensor(element.table, dtype=torch.float32)
-
-
-def takes(scheme: Scheme) -> bool:
-    """Whether the extension has a product for a scheme: of tables those that fit in a register."""
-    return not isinstance(scheme.element, Levels) or len(scheme.element.table) <= TABLE
 
 
 def takes_int8(scheme: Scheme, k: int) -> bool:

@@ -299,7 +299,7 @@ class _Prepared:
         codes, scale = (self._take(owner[0], f"{owner[1]}_{suffix}", dtypes) for suffix in ("packed", "scale"))
         zeros = self._take(owner[0], f"{owner[1]}_{zero}", dtypes) if zero else None
         int8 = bool(spec.inputs)
-        if not cpu_linear.takes(spec.scheme) or (int8 and not cpu_linear.takes_int8(spec.scheme, spec.matrix[1])):
+        if int8 and not cpu_linear.takes_int8(spec.scheme, spec.matrix[1]):
             raise _NotTaken
         weights = cpu_linear.weights_of(codes, scale, zeros, spec.scheme, spec.matrix[1])
         return native.module().Layer(weights, at, spec.matrix[0], int8, static_scale(spec.inputs))
