@@ -16,11 +16,12 @@ from torch.nn.utils import parametrize
 from laconic.core.units import Unit
 from laconic.errors import BadInput
 from laconic.numerics import Int, Scale, Scheme
-from laconic.quant import adaquant, genie_reconstruct, learned_of, learned_record
+from laconic.quant import GenieRates, adaquant, genie_reconstruct, learned_of, learned_record
 
 from .observe import arguments
 
 WIDTHS = (2, 8)  # bits that can be learned
+PAPER_STEPS, FASTEST = 20_000, 20.0  # of genie: steps for a layer, and how much faster than there it learns at most
 
 
 def schemes_for(unit: Unit, bits: Sequence[int]) -> list[Scheme]:
@@ -66,7 +67,11 @@ def learn(
         if method == "adaquant":
             adaquant(model, calls, bits, steps=steps, teacher=teacher, seed=seed)
         else:
-            genie_reconstruct(model, calls, bits, steps=steps, teacher=teacher, seed=seed)
+            # The paper's rate goes with its 20,000 steps: fewer need larger ones to move a weight to its other neighbour.
+            rate = GenieRates().rounding * max(1.0, min(FASTEST, PAPER_STEPS / steps))
+            genie_reconstruct(
+                model, calls, bits, steps=steps, rates=GenieRates(rounding=rate), teacher=teacher, seed=seed
+            )  # fmt: skip
     found: dict[str, dict[str, Tensor]] = {}
     for path, one in list(learned_of(model)):
         layer: Any = model.get_submodule(path)

@@ -126,7 +126,7 @@ def test_a_rewrite_touches_nothing_that_is_excluded(llama, tmp_path):
 def test_trained_rounding_beats_rounding_to_nearest(classifier, tmp_path):
     """At three bits a few hundred steps of adaquant take back most of what rounding costs the outputs."""
     model, data = classifier
-    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(5))
+    x = torch.from_numpy(next(a for a in np.load(data).values() if a.ndim == 2)).float()
     with torch.no_grad():
         wanted = model(x)
     lost = {}
@@ -141,7 +141,7 @@ def test_trained_rounding_beats_rounding_to_nearest(classifier, tmp_path):
         packed = laconic.load(found.out, into=copy.deepcopy(model))
         with torch.no_grad():
             lost[method] = float((packed(x) - wanted).square().mean())
-    assert lost["adaquant"] < lost["rtn"] and lost["genie"] < lost["rtn"]
+    assert lost["adaquant"] < 0.7 * lost["rtn"] and lost["genie"] < 0.7 * lost["rtn"]
 
 
 def test_trained_biases_are_in_the_artifact_and_survive_a_resumed_run(classifier, tmp_path, monkeypatch):
