@@ -328,3 +328,12 @@ def test_the_table_of_test_time_norms_is_that_of_its_record():
     ]
     page = (ROOT / "docs/pages/guides/norms.md").read_text().splitlines()
     assert want and [line for line in page if line.startswith(tuple(f"| {row['method']} |" for row in record["rows"]))] == want
+
+
+def test_the_table_of_strategies_is_that_of_its_record():
+    plans = json.loads((ROOT / "benchmarks/records/weight-methods-chars.json").read_text())["plans"]
+    page = (ROOT / "docs/pages/guides/strategies.md").read_text().partition("## What they lose")[2].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| ")][1:]
+    assert len(rows) == 10
+    for method, *shown in rows:
+        assert shown == [f"{plans[f'{method}/{bits}']['drop']:.2f}" for bits in (4, 3, 2)], method
