@@ -369,8 +369,10 @@ def main() -> None:
 
 def write(options: argparse.Namespace, before: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """The record of what was measured so far."""
+    peers = [f"--python {text.partition('=')[0]}=PATH" for text in options.python]
+    said = [f"--{name} {getattr(options, name)}" for name in ("group", "samples", "verify", "threads")]
     record = {
-        "command": " ".join(["python", "benchmarks/quantizers.py", options.task]), "task": options.task, "bits": BITS,
+        "command": " ".join(["python", "benchmarks/quantizers.py", options.task, *said, *peers]), "task": options.task, "bits": BITS,
         "group": options.group, "samples": options.samples, "threads": options.threads, "float": before, "rows": rows,
         "cores": os.cpu_count(), "os": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
     }  # fmt: skip
