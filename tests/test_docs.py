@@ -335,5 +335,5 @@ def test_the_table_of_strategies_is_that_of_its_record():
     page = (ROOT / "docs/pages/guides/strategies.md").read_text().partition("## What they lose")[2].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| ")][1:]
     assert len(rows) == 10
-    for method, *shown in rows:
-        assert shown == [f"{plans[f'{method}/{bits}']['drop']:.2f}" for bits in (4, 3, 2)], method
+    for name, *shown in rows:
+        assert shown == [f"{plans[f'{name}/{bits}']['drop']:.2f}" for bits in (4, 3, 2)], name
