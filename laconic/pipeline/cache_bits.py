@@ -14,7 +14,7 @@ Example:
     >>> sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
     >>> shapes = cache_shapes(LlamaForCausalLM(LlamaConfig(**sizes)))
     >>> cache_bytes(shapes, None, tokens=1056), cache_bytes(shapes, CacheOptions(4, 4), tokens=1056)
-    (1081344, 180224)
+    (1081344, 229376)
 """
 
 from __future__ import annotations
