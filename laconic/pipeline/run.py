@@ -449,17 +449,20 @@ class Run:
     def _search(self, first: Attempt) -> Attempt:
         """The recipe that loses least on the select split under the byte ceiling, of those that fit the model."""
         tried = [first]
+        standing: Attempt | None = first  # the one whose values the model holds
         for recipe in candidates(first.recipe, self.ground.structure, self.ground.model):
             self.restore(recipe)
+            standing = None
             try:
-                tried.append(self._attempt(recipe))
+                standing = self._attempt(recipe)
+                tried.append(standing)
             except Impossible as error:  # a head of its own, for instance, and no room for it
                 self.said.append(f"{told(recipe)} was not tried: {error}")
         best = min(tried, key=self._rank)
         unit = "points" if self.task is not None and self.task.metric.bounded else "%"
         drops = ", ".join(f"{told(one.recipe)} {one.drop:.2f}" for one in tried)
         self.said.append(f"recipes tried on the select split, and their drop in {unit}: {drops}")
-        if best is tried[-1]:
+        if best is standing:
             self.notes.append(self.said[-1])
             return best
         self.restore(best.recipe)
@@ -513,9 +516,9 @@ class Run:
 
     def _look_again(self, ground: Ground) -> None:
         """Find structure and units anew, after a change of names, shapes, or what turns inputs as they come."""
-        self._structures.clear()
+        known, self._structures = self._structures, {}  # what the names and shapes say alone is not all of it
         fresh = self._ground(ground.source, ground.model)
-        self._structures.clear()
+        self._structures = known
         ground.structure, ground.units, ground.others = fresh.structure, fresh.units, fresh.others
 
     def restore(self, recipe: Recipe) -> None:
@@ -746,9 +749,9 @@ class Run:
     # --- solving and repair -----------------------------------------------------------------------------------------
 
     def _solve(self, decision: Choice, method: str) -> list[Record]:
-        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
         teacher = None
         if self.recipe.norm_tweak is not None:
+            batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
             if batches and not self.ground.streamed:
                 teacher = copy.deepcopy(self.ground.model)
             else:
@@ -761,7 +764,7 @@ class Run:
         with self.stage("repair"):
             self._repair(decision, method, records)
             if teacher is not None:
-                self._tweak(decision, method, teacher, batches)
+                self._tweak(decision, teacher, batches)
         return records
 
     def solve_share(self, decision: Choice, method: str) -> list[Record]:
@@ -824,7 +827,7 @@ class Run:
         else:
             self.select_drop = self._measure_select(self.name, decision)
 
-    def _tweak(self, decision: Choice, method: str, teacher: nn.Module, batches: Sequence[Any]) -> None:
+    def _tweak(self, decision: Choice, teacher: nn.Module, batches: Sequence[Any]) -> None:
         """Train norms after rounding, kept only where the select split does not get worse by it."""
         ground, step = self.ground, self.recipe.norm_tweak
         assert step is not None
@@ -850,7 +853,7 @@ class Run:
     def _next_plan(self, found: Attempt) -> Choice | None:
         """A larger plan where the solved one misses the drop on the select split and the size leaves room.
 
-        The model is float again afterwards.
+        The model is float again where there is one, and as it was solved where there is none.
         """
         missed = self.budget.drop is not None and found.drop is not None and found.drop > self.budget.drop
         if not missed or self.fixed(self.ground) is not None or self.recipe.quantize is None:
@@ -859,10 +862,16 @@ class Run:
             self._note("the drop is missed on the select split; a larger plan would have to be timed again")
             return None
         with self.stage("decide"):
-            self._reload()
+            weighed = self._costs is not None  # else options are weighed here, on float values
+            if not weighed:
+                self._reload()
             larger = grown(self.ground, self._option_costs(), found.decision, self.ceiling)
+            if larger is not None and weighed:
+                self._reload()
         if larger is None:
             self._note("the drop is missed on the select split, and the size leaves no room for a larger plan")
+            if not weighed:  # the model is written as it was solved
+                self._solve(found.decision, found.method)
         return larger
 
     def _reload(self) -> None:

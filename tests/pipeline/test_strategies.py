@@ -57,7 +57,9 @@ def test_each_strategy_gives_an_artifact_that_replays_to_the_same_bytes(name, ll
     folder, data = llama
     trained = name in ("adaquant", "genie")
     how = {"recipe": few_steps(tmp_path, name)} if trained else {"strategy": name}
-    budget = "drop=100000" if name == "hessian_interlayer" else "size=5x" if name in ("uniform", "layer_bits") else "size=3x"
+    budget = (
+        "drop=100000" if name == "hessian_interlayer" else "size=5x" if name in ("uniform", "layer_bits") else "size=3x"
+    )
     found = compress(folder, data, budget, seq=16, out=tmp_path / "out", **how)
     again = compress(folder, data, budget, seq=16, out=tmp_path / "again", recipe=found.out / "recipe.yaml")
     assert hashes(found.out) == hashes(again.out)
@@ -164,6 +166,29 @@ def test_trained_biases_are_in_the_artifact_and_survive_a_resumed_run(classifier
     with monkeypatch.context() as patch:
         patch.setattr("laconic.pipeline.solve.learn", stopped)
         resumed = compress(model, data, "size=4x", out=tmp_path / "cut", resume=True, **options)
+    assert hashes(resumed.out) == hashes(found.out)
+
+
+def test_a_plan_that_cannot_grow_is_written_as_it_was_solved(classifier, tmp_path, monkeypatch):
+    """Looking for a larger plan takes nothing of the solved one away, also where options are weighed only then."""
+    model, data = classifier
+    recipe = Recipe(passes=[Quantize(method="adaquant", bits=[4], steps=20)])
+    options = {"recipe": recipe, "example": torch.zeros(1, 24)}
+    monkeypatch.setattr(Run, "_measure_select", lambda self, name, decision: 5.0)
+    found = compress(model, data, "size=4x, drop=1", out=tmp_path / "out", **options)
+    assert any("leaves no room for a larger plan" in note for note in found.record["notes"])
+    bias = next(name for name, p in model.named_parameters() if name.endswith("bias"))
+    packed = laconic.load(found.out, into=copy.deepcopy(model))
+    assert not torch.equal(packed.get_parameter(bias), model.get_parameter(bias))
+
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, data, "size=4x, drop=1", out=tmp_path / "cut", **options)
+    resumed = compress(model, data, "size=4x, drop=1", out=tmp_path / "cut", resume=True, **options)
     assert hashes(resumed.out) == hashes(found.out)
 
 
