@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Stop", "call", "capture", "first_output", "has_tensor"]
+__all__ = ["Stop", "call", "capture", "first_output", "has_tensor", "is_arguments"]
 
 
 class Stop(Exception):
@@ -22,10 +22,16 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
-        if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping):
+        if is_arguments(batch):
             return model(*batch[0], **batch[1])
         return model(*batch)
     return model(batch)
+
+
+def is_arguments(batch: Any) -> bool:
+    """Whether a batch is a pair of positional and keyword arguments."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return pair and isinstance(batch[0], tuple) and isinstance(batch[1], Mapping)
 
 
 def capture(

@@ -25,6 +25,7 @@ from laconic.quant import InterlayerSensitivity, LayerBits
 
 from .observe import arguments
 from .plan import Ground
+from .solve import inside
 from .tryout import Choice, rounded
 
 __all__ = ["bisected", "by_blocks", "sensitivity_order", "uniform"]
@@ -62,14 +63,10 @@ def by_blocks(ground: Ground, task: Any, batches: Sequence[Any], ceiling: int) -
     if not blocks:
         raise BadInput(f"allocate: blocks needs a chain of blocks, which {ground.source.name} has not: say program")
     calls = [arguments(ground.model, task, batch) for batch in batches]
-    seen = _AsCalled(ground.model)
-    table = LayerBits([f"model.{path}" for path in blocks])(seen, [{"call": call} for call in calls]).table
+    table = LayerBits(blocks)(ground.model, calls).table
     ranked = sorted(table, key=lambda row: row["lim"])
-    groups = [
-        [u for u in ground.packable if u.name.startswith(f"{row['block'].removeprefix('model.')}.")] for row in ranked
-    ]
-    inside = {u.name for group in groups for u in group}
-    groups.append([u for u in ground.packable if u.name not in inside])
+    groups = [[u for u in ground.packable if inside(u, row["block"])] for row in ranked]
+    groups.append([u for u in ground.packable if not any(inside(u, block) for block in blocks)])
     return _first(ground, _downwards(ground, groups), ceiling)
 
 
@@ -91,25 +88,13 @@ def _first(ground: Ground, plans: Iterator[Choice], ceiling: int) -> Choice:
     return plan  # the least there is: that it fits was checked from shapes
 
 
-class _AsCalled(nn.Module):
-    """A model that takes its arguments as one: {"call": (args, kwargs)}."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, call: tuple[tuple, dict]) -> Any:
-        """The model's output."""
-        return self.model(*call[0], **call[1])
-
-
 def sensitivity_order(ground: Ground, task: Any, batches: Sequence[Any], seed: int) -> list[str]:
     """Names of packable parameters, the least sensitive first: by curvature and by how layers disturb one another.
 
     The loss is what changes of the outputs: the KL divergence to the float model's, or the squared error. Parameters
     that are no layer's weight come last.
     """
-    calls = [{"call": arguments(ground.model, task, batch), "batch": batch} for batch in batches]
+    calls = [{"batch": batch} for batch in batches]
     with torch.no_grad():
         outputs = {id(one["batch"]): task.forward(ground.model, one["batch"]).float() for one in calls}
     logits = task.metric.name in ("perplexity", "accuracy")

@@ -109,8 +109,9 @@ def rounded(weights: Mapping[str, Weight], schemes: Mapping[str, Scheme]) -> Ite
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: a tensor, a mapping of keywords, or a sequence that begins with the inputs, and has more."""
-    return calls.call(model, batch if isinstance(batch, (Tensor, Mapping)) else batch[0])
+    """The model on a batch: what `calls.call` takes, but that a sequence begins with the inputs, and has more."""
+    whole = isinstance(batch, (Tensor, Mapping)) or calls.is_arguments(batch)
+    return calls.call(model, batch if whole else batch[0])
 
 
 def tensor_of(output: Any) -> Tensor:
