@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -20,8 +20,26 @@ from .levels import TABLES
 Rule = Literal["minmax", "percentile", "mse", "absmean", "floor", "ct_round", "ceil"]
 
 
+class _HasBits(Protocol):
+    @property
+    def bits(self) -> int: ...
+
+
+class _Dense:
+    """Elements whose codes of a whole number of bits lie one after the other."""
+
+    @property
+    def levels(self: _HasBits) -> int:
+        """Number of codes, 2^b where a table says nothing else."""
+        return 1 << self.bits
+
+    def words(self: _HasBits, k: int) -> int:
+        """32-bit words of a row of `k` codes, dense."""
+        return words_per_row(k, self.bits)
+
+
 @dataclass(frozen=True)
-class Int:
+class Int(_Dense):
     """Integer element of `bits` bits, 2 to 8 (1 bit packs, but has no useful affine scheme)."""
 
     bits: int
@@ -32,21 +50,12 @@ class Int:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise ValueError(f"Int(bits={self.bits!r}): integer elements have 2 to 8 bits")
 
-    @property
-    def levels(self) -> int:
-        """Number of codes, 2^b."""
-        return 1 << self.bits
-
-    def words(self, k: int) -> int:
-        """32-bit words of a row of `k` codes, dense."""
-        return words_per_row(k, self.bits)
-
     def __str__(self) -> str:
         return f"int{self.bits}"
 
 
 @dataclass(frozen=True)
-class Levels:
+class Levels(_Dense):
     """A table of levels by its name, `nf4` or `fp4`: x^ = s T[q], T normalized to max |T| = 1; prints as `levelsnf4`."""
 
     name: str
@@ -71,10 +80,6 @@ class Levels:
     def levels(self) -> int:
         """Number of codes."""
         return len(self.table)
-
-    def words(self, k: int) -> int:
-        """32-bit words of a row of `k` codes, dense."""
-        return words_per_row(k, self.bits)
 
     def __str__(self) -> str:
         return f"levels{self.name}"
@@ -115,7 +120,7 @@ class Binary:
 
 
 @dataclass(frozen=True)
-class Float:
+class Float(_Dense):
     """A float of a few bits by its name in `floats.py`: x^ = s f, the codes are bit patterns; prints as `floate2m1`."""
 
     name: str
@@ -139,15 +144,6 @@ class Float:
     def bits(self) -> int:
         """Bits of a code."""
         return self.numbers.bits
-
-    @property
-    def levels(self) -> int:
-        """Number of codes."""
-        return 1 << self.bits
-
-    def words(self, k: int) -> int:
-        """32-bit words of a row of `k` codes, dense."""
-        return words_per_row(k, self.bits)
 
     def __str__(self) -> str:
         return f"float{self.name}"

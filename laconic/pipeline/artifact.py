@@ -111,9 +111,10 @@ def write_artifact_files(
         said.append(row)
     apply_records(model, (Record(r.action, r.path, r.data) for r in records))
     described = {"kind": source.kind, "class": cls, "dtype": dtype}
+    if recipe_text is not None:
+        (target / RECIPE).write_text(recipe_text, encoding="utf-8")
     describe_artifact(
-        target, model, records, said, described, ledger=ledger, recipe_text=recipe_text, decision_hash=decision_hash,
-        versions=versions,
+        target, model, records, said, described, ledger=ledger, decision_hash=decision_hash, versions=versions
     )  # fmt: skip
 
 
@@ -132,7 +133,6 @@ def describe_artifact(
     described: Mapping[str, Any],
     *,
     ledger: Iterable[Mapping[str, Any]] = (),
-    recipe_text: str | None = None,
     decision_hash: str | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> None:
@@ -144,7 +144,7 @@ def describe_artifact(
         records: what was done to it, in order.
         said: the same as rows of JSON, with what is to be said beside.
         described: `kind`, `class` (a type) and `dtype` of the float model.
-        ledger, recipe_text, decision_hash, versions: see `write_artifact_files`.
+        ledger, decision_hash, versions: see `write_artifact_files`.
     """
     cls, dtype = described["class"], described["dtype"]
     if (target / CONFIG).is_file():
@@ -155,8 +155,6 @@ def describe_artifact(
             config["tie_word_embeddings"] = False  # else transformers would tie them again
         config["quantization_config"] = quantization_config(model, records)
         _write_json(target / CONFIG, config)
-    if recipe_text is not None:
-        (target / RECIPE).write_text(recipe_text, encoding="utf-8")
     shutil.copyfile(Path(__file__).with_name("read_artifact.py"), target / READER)
     manifest = {
         "version": VERSION,

@@ -394,7 +394,7 @@ class Several(Team):
         padded = parts[self.rank].clone()
         padded[: len(data)] = data
         self._all(parts, padded)
-        found = [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, counts, strict=True)]
+        found = [json.loads(part[: int(n)].numpy().tobytes()) for part, n in zip(parts, counts, strict=True)]
         for rank, one in enumerate(found):
             if "error" in one:
                 self.over = True

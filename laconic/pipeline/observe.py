@@ -79,11 +79,11 @@ def histograms(model: nn.Module, task: Any, units: Iterable[Unit], batches: Sequ
 def histogram(x: Tensor, bins: int = 48) -> dict[str, Any]:
     """Counts over the range of a tensor, and how far its largest magnitude stands out of the mean square."""
     flat = x.detach().float().reshape(-1)
+    if flat.numel() > 1 << 18:
+        flat = flat[:: flat.numel() >> 18]
     flat = flat[torch.isfinite(flat)]  # what overflowed is in no bin
     if flat.numel() == 0:
         flat = torch.zeros(1)
-    if flat.numel() > 1 << 18:
-        flat = flat[:: flat.numel() >> 18]
     low, high = float(flat.min()), float(flat.max())
     if low == high:
         high = low + 1.0

@@ -32,6 +32,7 @@ from laconic.nn import is_packed, storage_names
 from laconic.nn.packed import op_of
 from laconic.pipeline.artifact import MANIFEST, RECORDS, describe_artifact, records_from_json
 from laconic.pipeline.measure import versions
+from laconic.pipeline.plan import METADATA
 from laconic.pipeline.source_base import all_tensors, stored_names
 from laconic.pipeline.source_folder import copy_extras
 from laconic.pipeline.source_module import refuse_unusable, transformers_config
@@ -39,7 +40,6 @@ from laconic.pipeline.tensorfile import SINGLE, TensorWriter
 
 __all__ = ["save"]
 
-METADATA = {"format": "pt", "laconic": "1"}
 ADAPTED, LEFT, BUFFER = "an adapter, trained beside packed weights", "it is not packed", "a buffer, not a weight"
 
 
