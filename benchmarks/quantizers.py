@@ -83,6 +83,7 @@ def laconic(folder: Path, ids: torch.Tensor, group: int, clock: Clock, task: str
     from laconic.core.structure import Structure
     from laconic.core.units import find_units
     from laconic.numerics import Int, Scale, Scheme
+    from laconic.pipeline.run import BATCH_TOKENS
     from laconic.pipeline.solve import Solving, solve
     from laconic.pipeline.source import resolve
     from laconic.pipeline.workspace import Workspace
@@ -94,7 +95,8 @@ def laconic(folder: Path, ids: torch.Tensor, group: int, clock: Clock, task: str
     structure = Structure.build(model, source.example())
     units = find_units(model, structure)
     linear = [u for u in units if u.op == "linear" and u.options and len(u.names) == 1 and "lm_head" not in u.name]
-    batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in ids.split(8)]
+    parts = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))  # as `compress` deals them
+    batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in parts]
     scheme = Scheme(Int(BITS), Scale("group", group=group, dtype="float16"), zero="int")
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Workspace(Path(scratch) / "out")

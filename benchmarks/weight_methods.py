@@ -52,7 +52,7 @@ from laconic.nn import matrix_view, restore_view
 from laconic.nn.packed import matrix_shape
 from laconic.numerics import ScaleOutOfRange, Scheme, affine_params
 from laconic.pipeline import recipe as recipes
-from laconic.pipeline.budget import parse_budget
+from laconic.pipeline.budget import UNBOUNDED
 from laconic.pipeline.learned import learnable
 from laconic.pipeline.learned import schemes_for as learned_schemes
 from laconic.pipeline.measure import machine, versions
@@ -392,7 +392,7 @@ class Bench(Run):
     """
 
     def __init__(self, name: str, settings: Settings):
-        super().__init__(Options(Recipe(), seed=SEED), parse_budget(None), lambda stage, done, total: None)
+        super().__init__(Options(Recipe(), seed=SEED), UNBOUNDED, lambda stage, done, total: None)
         self.model_name, self.settings = name, settings
         self.plan_of: Callable[[], Choice] = dict
         self._kept: Ground | None = None

@@ -293,7 +293,8 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
 
         M_r >= M_2^(r - 1) / M_1^(r - 2)
 
-    What this puts above the error of the range with the least bound cannot be the least.
+    What this puts above the error of the range with the least bound cannot be the least. Ranges that cut an end of each
+    column by more than the whole error of the widest are not looked at.
     """
     columns = torch.arange(x.shape[1], device=x.device)
     _, stored, zero = _params(shrunk[:, None] * low, shrunk[:, None] * high, scheme)  # (p, n)
@@ -301,13 +302,18 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     if zero is not None and scheme.zero == "real":
         usable &= torch.isfinite(zero)
     assert not isinstance(scheme.element, Codebook)  # its table is not known before its scales
-    grids = (
-        _Grids(scheme, stored.float(), None if zero is None else zero.float())
-        if isinstance(scheme.element, Int)
-        else _Tables(scheme.element, stored.float())
-    )
-    bound = torch.empty_like(stored, dtype=torch.float32)
-    for i in range(len(shrunk)):
+    grids: _Grids | _Tables
+    if isinstance(scheme.element, Int):
+        grids = _Grids(scheme, stored.float(), None if zero is None else zero.float())
+        widest = grids.errors(x, 0).abs_().pow_(MSE_NORM).sum(0)
+        cut = grids.cut(x.amin(0), x.amax(0))
+        within = (~(cut > widest.pow_(1 / MSE_NORM).mul_(1 + SLACK))).any(1).nonzero().flatten()
+        usable, grids = usable[within], grids.of(within)
+    else:
+        grids = _Tables(scheme.element, stored.float())
+        within = torch.arange(len(shrunk), device=x.device)
+    bound = torch.empty_like(usable, dtype=torch.float32)
+    for i in range(len(within)):
         e = grids.errors(x, i).abs_()
         sum1 = e.sum(0)
         torch.mul(e.square_().sum(0).pow_(MSE_NORM - 1), sum1.pow_(2 - MSE_NORM), out=bound[i])
@@ -322,20 +328,23 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     range_, column = left.nonzero(as_tuple=True)
     for pairs in zip(range_.split(x.shape[1]), column.split(x.shape[1]), strict=True):
         error[pairs] = grids.errors(x.index_select(1, pairs[1]), pairs).abs_().pow_(MSE_NORM).sum(0)
-    return error.argmin(0)
+    return within[error.argmin(0)]
 
 
 class _Grids:
     """Many scales and zeros (p, n), float32, of the same n columns."""
 
     def __init__(self, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> None:
-        top = scheme.element.levels - 1
-        half = float((top + 1) // 2)
-        self.scale, self.zero, self.top = scale, zero, top
+        self.scheme, self.scale, self.zero = scheme, scale, zero
+        self.top = scheme.element.levels - 1
+        self.half = float((self.top + 1) // 2)
         self.real = scheme.zero == "real"
         self.lowest: Tensor | None = None if zero is None else -zero
-        self.highest: Tensor | None = None if zero is None else top - zero
-        self.half = half
+        self.highest: Tensor | None = None if zero is None else self.top - zero
+
+    def of(self, which: Tensor) -> _Grids:
+        """Those of some indices."""
+        return _Grids(self.scheme, self.scale[which], None if self.zero is None else self.zero[which])
 
     def errors(self, x: Tensor, pick: int | tuple[Tensor, Tensor]) -> Tensor:
         """x^ - x of columns x (g, m) under the picked scales (m,): what `quantize` and `dequantize` give."""
@@ -349,6 +358,12 @@ class _Grids:
         else:
             torch.clamp(q.round_(), self.lowest[pick], self.highest[pick], out=q)
         return q.mul_(scale).sub_(x)
+
+    def cut(self, least: Tensor, most: Tensor) -> Tensor:
+        """How far the ranges (p, n) leave the least or the greatest element (n,) outside, whichever is more."""
+        if self.lowest is None or self.highest is None:
+            return torch.maximum(self.scale * -self.half - least, most - self.scale * (self.top - self.half))
+        return torch.maximum(self.lowest * self.scale - least, most - self.highest * self.scale)
 
 
 class _Tables:

@@ -44,6 +44,12 @@ def batches_of(
     return kept
 
 
+def rows_within(task: Any, split: str, tokens: int, *, seq: int | None = None) -> int:
+    """Examples of a split that make about so many positions: 1 at least, 64 at most."""
+    one = batches_of(task, split, 1, batch=1, seq=seq, limit=1)
+    return min(64, max(1, tokens // max(1, positions(one[0])))) if one else 1
+
+
 def arguments(model: nn.Module, task: Any, batch: Any) -> tuple[tuple, dict]:
     """What a task calls the model with, for a batch."""
     seen, _ = capture(model, lambda: task.forward(model, batch), [""], first="")

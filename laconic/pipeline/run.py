@@ -63,6 +63,7 @@ from .observe import (
     innermost_module,
     input_scales,
     rounded_inputs,
+    rows_within,
 )
 from .orders import bisected, by_blocks, sensitivity_order, uniform
 from .plan import METADATA, RUNTIME, Ground, check_possible, other_tensors
@@ -83,6 +84,7 @@ from .workspace import Workspace, digest
 
 CALIBRATION_TOKENS = SEEN
 SENSITIVITY_TOKENS = 4096
+BATCH_TOKENS = 1024  # of a batch that is carried through the layers: what they make of more leaves a core's cache
 QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
 ROUNDS = 3  # plans that are solved at most, each larger than the one before, where the drop is missed
 
@@ -769,7 +771,8 @@ class Run:
 
     def solve_share(self, decision: Choice, method: str) -> list[Record]:
         """Solve a decision together with the other processes of the run, if there are any."""
-        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
+        rows = rows_within(self.task, "calibrate", BATCH_TOKENS, seq=self.options.seq)
+        batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8 if method in LEARNED else rows)
         return solve(self._job(decision, method, self.digests, batches, "solve"))
 
     def _tell_team(self, decision: Choice, method: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.calls import Stop, capture, first_output, has_tensor
+from laconic.core.statistics import column_sums
 from laconic.core.structure import Structure
 from laconic.quant import Hessian, attention_weights, fast_products, weighted_hessian
 
@@ -127,8 +128,8 @@ class Columns:
     def add(self, x: Tensor) -> None:
         """Add inputs (..., K)."""
         x = x.detach().reshape(-1, x.shape[-1])
-        self._sum += x.sum(0, dtype=torch.float64)
-        self._squares += x.float().square().sum(0, dtype=torch.float64)
+        self._sum += column_sums(x)
+        self._squares += column_sums(x.float().square())
         self.tokens += x.shape[0]
 
     @property
@@ -175,7 +176,7 @@ class Chain:
             return "it is no chain of repeated blocks"
         if any(structure.calls.get(b) != 1 for b in blocks):
             return "its blocks run more than once"
-        with residency.running():
+        with residency.running(), fast_products():
             seen, outputs = capture(
                 model, lambda: task.forward(model, first_rows(batches[0], 1)), blocks, last=blocks[-1]
             )
@@ -230,10 +231,11 @@ class Chain:
 
     @contextmanager
     def block(self, block: str) -> Iterator[None]:
-        """The weights of a block are there; on leaving, the activations have moved past it."""
+        """The weights of a block are there; on leaving, the activations have moved past it, if another one follows."""
         with self.residency.hold(block):
             yield
-            self.advance(block)
+            if block != self.blocks[-1]:
+                self.advance(block)
 
     def _call(self, block: str, number: int) -> Any:
         args, kwargs = self.rest[number][block]
@@ -241,18 +243,23 @@ class Chain:
 
 
 def call_order(model: nn.Module, task: Any, batch: Any, paths: Sequence[str]) -> dict[str, int]:
-    """Module path -> place in the forward pass."""
+    """Module path -> place in the forward pass, which ends when all have been reached."""
     order: dict[str, int] = {}
+    wanted = dict.fromkeys(paths)
 
     def note(path: str) -> None:
         order.setdefault(path, len(order))
+        if len(order) == len(wanted):
+            raise Stop
 
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: note(path))
-        for path in dict.fromkeys(paths)
+        model.get_submodule(path).register_forward_pre_hook(lambda m, a, path=path: note(path)) for path in wanted
     ]
     try:
-        task.forward(model, batch)
+        with fast_products():
+            task.forward(model, batch)
+    except Stop:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -66,6 +66,7 @@ from torch import Tensor, nn
 from laconic.core.card import Card
 from laconic.core.passes import Context, Decision
 from laconic.core.record import Record
+from laconic.core.statistics import column_sums
 from laconic.nn import matrix_view, pack_tensors
 from laconic.numerics import Scheme, affine_params, check_finite
 
@@ -75,7 +76,7 @@ from ._weights import PackWeights, check_integers
 
 # Rows of X taken at a time, and the width of the panels of H's lower triangle.
 TOKENS = 8192
-PANEL = 512
+PANEL = 256
 # Columns between two corrections inside a block: below this width, one product per column costs less.
 STRIP = 32
 # Elements of unfolded convolution inputs to hold at a time.
@@ -146,7 +147,7 @@ class Hessian:
             with fast_products():
                 for a, b in _blocks_between(0, self.k, PANEL, None):
                     self._sum[g, a:b, :b].addmm_(part[:, a:b].T, part[:, :b])
-            self._total[g] += part.sum(0, dtype=torch.float64)
+            self._total[g] += column_sums(part)
         self.n += sequences
         self.tokens += x.shape[1]
 

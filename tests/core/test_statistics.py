@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from laconic.core.statistics import RunningStat, moments, pooled, recomputing
+from laconic.core.statistics import RunningStat, column_sums, moments, pooled, recomputing
 
 
 def by_hand(values, weights, centred, power):
@@ -202,3 +202,12 @@ def test_refused_running_values(make, message):
 def test_it_shows_its_options():
     assert repr(RunningStat()) == "RunningStat(momentum=0.1, unbiased=True)"
     assert repr(RunningStat(None, unbiased=False, accumulate=4)).endswith("unbiased=False, accumulate=4)")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 255, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_column_sums_are_those_of_float64(rows, dtype):
+    x = (torch.randn(rows, 7, generator=torch.Generator().manual_seed(0)) + 100).to(dtype)
+    found = column_sums(x)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, x.double().sum(0), rtol=1e-6, atol=0)
