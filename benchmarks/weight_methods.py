@@ -58,9 +58,10 @@ from laconic.pipeline.learned import schemes_for as learned_schemes
 from laconic.pipeline.measure import machine, versions
 from laconic.pipeline.observe import arguments
 from laconic.pipeline.plan import Ground
+from laconic.pipeline.reading import Options
 from laconic.pipeline.recipe import LEARNED, BiasCorrection, FoldBatchNorm, Quantize, Recipe, Step
 from laconic.pipeline.rewrite import pass_of
-from laconic.pipeline.run import Options, Run
+from laconic.pipeline.run import Run
 from laconic.pipeline.tryout import Choice, fit, rounded
 from laconic.pipeline.workspace import Workspace, digest
 from laconic.quant import NFConfig, NormTweak, jlcm, lq_lora_, merge_lora_, minmax_weight

@@ -37,10 +37,11 @@ from laconic.tasks import compare as compare_evaluations
 from .artifact import MANIFEST
 from .budget import UNBOUNDED, Budget, parse_bytes
 from .compress import Result, compress
+from .deciding import Deciding
 from .load import load
 from .observe import rounded_inputs
+from .reading import Options, Progress
 from .recipe import Recipe, load_recipe
-from .run import Options, Progress, Run
 from .solve import owner
 from .tryout import rounded
 
@@ -94,7 +95,7 @@ def blame(
         recipe=_with(recipe, bits=list(BITS)), seed=seed, batch=batch, seq=seq, trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )  # fmt: skip
-    run = Run(options, UNBOUNDED, show)
+    run = Deciding(options, UNBOUNDED, show)
     run.prepare(model if model is not None else _model(told, data), data, columns, example)
     if run.task is None or "select" not in run.task.splits:
         raise BadInput("blame compares outputs on the select split, which this data has not: give a task or examples")
@@ -262,7 +263,7 @@ class _Culprit:
 class _Mixed:
     """The float model, of which some parameters hold what their packed form stands for."""
 
-    def __init__(self, run: Run, folder: Path, show: Progress):
+    def __init__(self, run: Deciding, folder: Path, show: Progress):
         self.run, self.ground, self.show = run, run.ground, show
         assert run.task is not None
         self.task = run.task

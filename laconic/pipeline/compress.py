@@ -25,8 +25,9 @@ from .distribute import Following, parse_distribute, team_of
 from .interrupt import interruptible
 from .observe import positions
 from .plan import check_possible, plan_record
+from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .recipe import Recipe, load_recipe
-from .run import CALIBRATION_TOKENS, Options, Progress, Result, Run
+from .run import Result, Run
 from .strategies import Searching
 from .strategies import strategy as find_strategy
 from .tryout import by_shape
@@ -146,7 +147,7 @@ def plan(
         _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
-    run = Run(options, parse_budget(budget), lambda stage, done, total: None)
+    run = Reading(options, parse_budget(budget), lambda stage, done, total: None)
     has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)

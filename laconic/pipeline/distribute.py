@@ -334,10 +334,10 @@ class Several(Team):
         heard = self.gather({"shared": True, "cpu": machine()["cpu"]})
         self.shared = all(one["shared"] for one in heard)
         if self.workers is not None and (sentence := self.workers.crowded()):
-            run._note(sentence)
+            run.note(sentence)
         sign.unlink(missing_ok=True)
         if kinds := {one["cpu"] for one in heard} - {heard[0]["cpu"]}:
-            run._note(
+            run.note(
                 f"processes ran on {', '.join(sorted(kinds))} beside {heard[0]['cpu']}: one process may give other bytes"
             )
 

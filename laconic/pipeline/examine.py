@@ -26,7 +26,7 @@ from .look import Seen, look, tokenizer_of
 from .measure import run_batch
 from .observe import positions
 from .plan import Ground
-from .run import CALIBRATION_TOKENS, Options, Progress, Run
+from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .tryout import fit
 
 __all__ = ["examine"]
@@ -65,11 +65,9 @@ def examine(
     """
     if (data is None) == (task is None):
         raise BadInput("examine looks at data: pass --data or --task, one of them")
-    options = Options(
-        seed=seed, batch=batch, seq=seq, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    options = Options(seed=seed, batch=batch, seq=seq, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     bounds = UNBOUNDED if budget is None else parse_budget(budget)
-    run = Run(options, bounds, progress or (lambda stage, done, total: None))
+    run = Reading(options, bounds, progress or (lambda stage, done, total: None))
     run.prepare(model, data if data is not None else task, columns, example)
     if run.task is None or "calibrate" not in run.task.splits:
         raise BadInput("this data scores a model and has no examples to calibrate on: there is nothing to examine")
@@ -112,7 +110,7 @@ def _experts(model: nn.Module, task: Task, batches: Sequence[Any]) -> Seen:
     return Seen("experts", "fine", said)
 
 
-def _draws(run: Run, ground: Ground, task: Task) -> Seen:
+def _draws(run: Reading, ground: Ground, task: Task) -> Seen:
     """Whether plans from several draws of the data give parameters the same bits."""
     batches = run.batches("calibrate", DRAWS * DRAWN, batch=2)
     parts = [batches[i::DRAWS] for i in range(DRAWS)]

@@ -18,8 +18,8 @@ from laconic.kernels import native
 from laconic.kernels.inputs import INT8_TOKENS, static_scale
 from laconic.nn import packed_specs
 from laconic.nn.blocks import FusedBlock
+from laconic.pipeline import deciding, reading, timed
 from laconic.pipeline import run as run_module
-from laconic.pipeline import timed
 from laconic.pipeline.budget import parse_budget
 from laconic.pipeline.compress import compress
 from laconic.pipeline.timing import LayerTimes
@@ -77,10 +77,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return save("llama", at / "float"), token_file(at / "tokens.npz")
 
 
+def keep_time(monkeypatch: pytest.MonkeyPatch, clock: Any) -> None:
+    """Let a clock of one's own measure, before the decision and after the work."""
+    for module in (deciding, run_module):
+        monkeypatch.setattr(module, "latency_ms", clock)
+
+
 def test_inputs_stay_float_where_the_ceiling_allows_it(
     monkeypatch: pytest.MonkeyPatch, llama: Any, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(run_module, "latency_ms", lambda runs: {name: 10.0 for name in runs})
+    keep_time(monkeypatch, lambda runs: {name: 10.0 for name in runs})
     result = compress(*llama, "size=3x, latency=20ms", out=tmp_path / "out")
     assert result.met and result.record["budget"]["latency"] == {"text": "20ms", "ms": 20.0, "met": True}
     assert all(not spec.inputs for spec in packed_specs(laconic.load(tmp_path / "out")).values())
@@ -99,8 +105,8 @@ def test_a_ceiling_that_needs_it_rounds_inputs_and_the_artifact_says_so(
         seen.extend(runs)
         return {name: 10.0 if name in ("float", "before") else 4.0 for name in runs}
 
-    monkeypatch.setattr(run_module, "latency_ms", clock)
-    monkeypatch.setattr(run_module, "LayerTimes", lambda rows: _Times())
+    keep_time(monkeypatch, clock)
+    monkeypatch.setattr(deciding, "LayerTimes", lambda rows: _Times())
     result = compress(*llama, "size=3x, latency=2x", out=tmp_path / "out")
     assert result.met and seen == ["float", "packed", "after", "before"]
     loaded = laconic.load(tmp_path / "out")
@@ -152,7 +158,7 @@ def test_a_ceiling_out_of_reach_ends_with_the_fastest_that_was_measured(
 
 def test_a_miss_after_the_work_is_a_miss(monkeypatch: pytest.MonkeyPatch, llama: Any, tmp_path: Any) -> None:
     times = {"float": 10.0, "before": 10.0, "packed": 4.0, "after": 6.0}
-    monkeypatch.setattr(run_module, "latency_ms", lambda runs: {name: times[name] for name in runs})
+    keep_time(monkeypatch, lambda runs: {name: times[name] for name in runs})
     result = compress(*llama, "size=3x, latency=2x", out=tmp_path / "out")
     assert not result.met and result.exit_code == 3
     assert result.record["budget"]["latency"] == {"text": "2x", "ms": 5.0, "met": False}
@@ -177,10 +183,10 @@ def test_the_search_corrects_itself_by_whole_plans(monkeypatch: pytest.MonkeyPat
 def test_latency_needs_what_it_is_measured_on(monkeypatch: pytest.MonkeyPatch, llama: Any, tmp_path: Any) -> None:
     with pytest.raises(BadInput, match="a latency is measured on data"):
         compress(llama[0], None, "size=3x, latency=2x", out=tmp_path / "out")
-    monkeypatch.setattr(run_module, "RUNTIME", 1 << 30)
+    monkeypatch.setattr(reading, "RUNTIME", 1 << 30)
     bound = (1 << 30) + (150 << 20)
     heavy: Any = SimpleNamespace(units=[SimpleNamespace(nbytes=bound)])
-    run = run_module.Run(run_module.Options(max_ram=bound), parse_budget("latency=2x"), lambda *a: None)
+    run = reading.Reading(reading.Options(max_ram=bound), parse_budget("latency=2x"), lambda *a: None)
     with pytest.raises(BadInput, match="a latency is held against the float model, which does not fit under --max-ram"):
         run._must_stream(heavy)
 

@@ -7,8 +7,8 @@ import torch
 
 import laconic
 from laconic.errors import BadInput
+from laconic.pipeline import deciding, reading, residency, solve, stream
 from laconic.pipeline import plan as plan_module
-from laconic.pipeline import residency, solve, stream
 from laconic.pipeline import run as run_module
 from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress
@@ -37,7 +37,7 @@ def large(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 100_000)  # many pieces a weight
-    for module in (run_module, plan_module):
+    for module in (reading, run_module, plan_module):
         monkeypatch.setattr(module, "RUNTIME", 700 << 20)
 
 
@@ -102,9 +102,9 @@ def test_calibration_is_streamed_block_by_block_to_the_same_bytes(large, tmp_pat
 def test_a_streamed_allocation_looks_at_data(large, tmp_path, monkeypatch):
     data = token_file(tmp_path / "t.npz", rows=60)
     seen = {}
-    real = run_module.option_costs
+    real = deciding.option_costs
     monkeypatch.setattr(
-        run_module, "option_costs", lambda read, weights, *rest: (seen.update(weights), real(read, weights, *rest))[1]
+        deciding, "option_costs", lambda read, weights, *rest: (seen.update(weights), real(read, weights, *rest))[1]
     )
     found = compress(large, data, "size=5x", max_ram=MAX_RAM, out=tmp_path / "out")
     assert found.met and found.ratio >= 5
