@@ -79,7 +79,6 @@ def write_artifact_files(
     records: Iterable[Record],
     ledger: Iterable[Mapping[str, Any]] = (),
     recipe_text: str | None = None,
-    decision_hash: str | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> None:
     """Complete a folder that holds a finished `model.safetensors`.
@@ -90,7 +89,6 @@ def write_artifact_files(
         records: what was done to it, in order; their tensors are not looked at.
         ledger: rows of JSON values.
         recipe_text: YAML of the recipe.
-        decision_hash: SHA-256 of the decision that was carried out.
         versions: package -> version.
 
     Raises:
@@ -113,9 +111,7 @@ def write_artifact_files(
     described = {"kind": source.kind, "class": cls, "dtype": dtype}
     if recipe_text is not None:
         (target / RECIPE).write_text(recipe_text, encoding="utf-8")
-    describe_artifact(
-        target, model, records, said, described, ledger=ledger, decision_hash=decision_hash, versions=versions
-    )  # fmt: skip
+    describe_artifact(target, model, records, said, described, ledger=ledger, versions=versions)
 
 
 def float_path(path: str, adapted: Collection[str]) -> str:
@@ -133,7 +129,6 @@ def describe_artifact(
     described: Mapping[str, Any],
     *,
     ledger: Iterable[Mapping[str, Any]] = (),
-    decision_hash: str | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> None:
     """Complete a folder that holds tensors, and a config where the model has one, from the model as it is compressed.
@@ -144,7 +139,7 @@ def describe_artifact(
         records: what was done to it, in order.
         said: the same as rows of JSON, with what is to be said beside.
         described: `kind`, `class` (a type) and `dtype` of the float model.
-        ledger, decision_hash, versions: see `write_artifact_files`.
+        ledger, versions: see `write_artifact_files`.
     """
     cls, dtype = described["class"], described["dtype"]
     if (target / CONFIG).is_file():
@@ -167,7 +162,6 @@ def describe_artifact(
         },
         "records": [dict(row) for row in said],
         "ledger": [dict(row) for row in ledger],
-        "decision": decision_hash,
         "versions": dict(versions or {}),
         "hashes": {name: _sha256(target / name) for name in _hashed_files(target)},
     }

@@ -57,6 +57,7 @@ class Deciding(Reading):
         digests, identity: hashes of the float values, and of all that a decision depends on.
         rewrites: records of what was done to the float model, and to norms after rounding.
         tried: plans that were measured, for the plot.
+        dropped: passes whose work the model in hand does not hold.
         cache: how `generate` keeps keys and values, or None.
     """
 
@@ -68,6 +69,7 @@ class Deciding(Reading):
         super().__init__(options, budget, progress)
         self.tried: list[dict[str, Any]] = []
         self.rewrites: list[Record] = []
+        self.dropped: set[str] = set()
         self.explained: dict[str, Any] | None = None
         self.latency_ceiling: float | None = None
         self.cache: CacheOptions | None = None
@@ -385,7 +387,8 @@ class Deciding(Reading):
             "chosen": chosen,
         }
         if decision is not None:
-            one["passes"] = self.recipe.model_dump(by_alias=True)
+            kept = [step for step in self.recipe.passes if step.action not in self.dropped]
+            one["passes"] = self.recipe.model_copy(update={"passes": kept}).model_dump(by_alias=True)
             one["units"] = {n: str(s) if s is not None else None for n, s in decision.items()}
         if one not in self.tried:  # the chosen recipe is solved again after others were tried
             self.tried.append(one)

@@ -100,14 +100,12 @@ class Run(Deciding):
     """One compression.
 
     Attributes:
-        dropped: passes whose work was not kept.
         before: the float model on the verify split.
         histograms: of weights and inputs of what is packed.
     """
 
     def __init__(self, options: Options, budget: Budget, progress: Progress):
         super().__init__(options, budget, progress)
-        self.dropped: set[str] = set()
         self.before: Evaluation | None = None
         self.histograms: dict[str, dict[str, Any]] = {}
 
@@ -205,7 +203,7 @@ class Run(Deciding):
             try:
                 standing = self._attempt(recipe)
                 tried.append(standing)
-            except Impossible as error:  # a head of its own, for instance, and no room for it
+            except (BadInput, Impossible) as error:  # a head of its own, for instance, and no room for it
                 self.said.append(f"{told(recipe)} was not tried: {error}")
         best = min(tried, key=self._rank)
         unit = "points" if self.task is not None and self.task.metric.bounded else "%"
@@ -282,7 +280,7 @@ class Run(Deciding):
             self._select_float()
 
     def _solve(self, decision: Choice, method: str) -> list[Record]:
-        teacher = None
+        teacher, self.dropped = None, set()
         if self.recipe.norm_tweak is not None:
             batches = self.batches("calibrate", CALIBRATION_TOKENS, batch=8)
             if batches and not self.ground.streamed:
@@ -295,6 +293,8 @@ class Run(Deciding):
                 self._tell_team(decision, method)
             records = self.solve_share(decision, method)
         with self.stage("repair"):
+            if teacher is not None:
+                self.dropped.add("norm_tweak")  # not yet
             self._repair(decision, method, records)
             if teacher is not None:
                 self._tweak(decision, teacher, batches)
@@ -329,15 +329,16 @@ class Run(Deciding):
             with_biases = self._measure_select(f"{self.name} + bias correction", decision)
             for name in corrected:
                 model.get_parameter(name).data.copy_(self._old_biases[name])
+            self.dropped.add("bias_correction")
             without = self._measure_select(self.name, decision)
             if with_biases <= without:
+                self.dropped.discard("bias_correction")
                 for name, value in new.items():
                     model.get_parameter(name).data.copy_(value)
             else:
                 for record in corrected.values():
                     record.data.pop("bias")
                 self.note("bias correction was not kept: the select split got worse by it")
-                self.dropped.add("bias_correction")
             self.select_drop = min(with_biases, without)
         else:
             self.select_drop = self._measure_select(self.name, decision)
@@ -348,6 +349,7 @@ class Run(Deciding):
         assert step is not None
         calls = [arguments(ground.model, self.task, batch) for batch in batches]
         ctx = passes.Context(ground.model, ground.structure, batches=calls, teacher=teacher, seed=self.options.seed)
+        self.dropped.discard("norm_tweak")
         one = NormTweak(step.lr, step.lr_scale, step.iters)
         old = {name: p.detach().clone() for name, p in ground.model.named_parameters() if p.dim() == 1}
         with torch.enable_grad():
@@ -411,7 +413,7 @@ class Run(Deciding):
             decision = {name: Scheme.parse(text) if text else None for name, text in units.items()}
             its = Recipe.model_validate(passed)
             how = its.quantize.method if its.quantize is not None and method != "rtn" else method
-            recipe = its.with_units(decision, how, self.dropped, self._inputs())
+            recipe = its.with_units(decision, how, (), self._inputs())
             folder.mkdir(exist_ok=True)
             file = folder / f"{one['size']}.yaml"
             write_whole(file, recipe.to_yaml().encode())

@@ -295,6 +295,32 @@ def test_biases_take_up_what_rounding_shifts_where_the_select_split_gains_by_it(
     assert drops["with"] < 0.7 * drops["without"]
 
 
+def test_a_plan_on_the_frontier_has_the_passes_that_its_point_was_measured_with(tmp_path, monkeypatch):
+    """Corrected biases that the select split does not like: the better point has none, and so has its recipe."""
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32))
+    passes = [{"pass": "quantize", "method": "gptq", "bits": [3]}, {"pass": "bias_correction"}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"passes": passes}))
+    measure = Run._measure_select
+
+    def disliked(self, name, decision):
+        found = measure(self, name, decision)
+        return found + 100 if "bias correction" in name else found
+
+    for wanted in ("with", "without"):
+        with monkeypatch.context() as patch:
+            if wanted == "without":
+                patch.setattr(Run, "_measure_select", disliked)
+            found = compress(
+                Offset().eval(), tmp_path / "x.npz", "size=4x", out=tmp_path / wanted, recipe=tmp_path / "recipe.yaml",
+                example=torch.zeros(1, 32),
+            )  # fmt: skip
+        texts = {p["name"]: (found.out / p["recipe"]).read_text() for p in found.record["tried"] if p.get("recipe")}
+        solved = {name: text for name, text in texts.items() if not name.startswith("rounded")}
+        assert solved
+        assert all(("pass: bias_correction" in text) == ("+ bias correction" in name) for name, text in solved.items())
+        assert ("pass: bias_correction" in (found.out / "recipe.yaml").read_text()) == (wanted == "with")
+
+
 def test_smoothing_is_a_step_of_a_recipe_and_leaves_the_function(llama, tmp_path):
     """With nothing packed, the smoothed model answers as the float model does."""
     folder, data = llama

@@ -208,6 +208,16 @@ def test_norms_are_trained_and_kept_only_where_that_helps(llama, tmp_path, monke
     assert torch.equal(norms[2.0], float_norm) and not torch.equal(norms[0.5], float_norm)
 
 
+def test_a_recipe_that_is_refused_does_not_end_the_search(llama, tmp_path, monkeypatch):
+    folder, data = llama
+    monkeypatch.setattr("laconic.pipeline.search.TRAINED", 0)
+    shares = iter([1.0, 0.1])
+    monkeypatch.setattr("laconic.pipeline.run.coverage", lambda *given: next(shares, 1.0))
+    found = compress(folder, data, "size=5x", seq=16, out=tmp_path / "out", strategy="search", min_coverage=0.5)
+    (refused,) = [note for note in found.record["notes"] if "was not tried" in note]
+    assert "coverage is 0.100" in refused and any(note.startswith("recipes tried") for note in found.record["notes"])
+
+
 def test_the_search_takes_the_recipe_that_loses_least(llama, tmp_path, monkeypatch):
     """Every recipe that fits the model is solved and measured; the record says what each lost."""
     folder, data = llama
