@@ -332,8 +332,40 @@ def test_the_table_of_test_time_norms_is_that_of_its_record():
 
 def test_the_table_of_strategies_is_that_of_its_record():
     plans = json.loads((ROOT / "benchmarks/records/weight-methods-chars.json").read_text())["plans"]
-    page = (ROOT / "docs/pages/guides/strategies.md").read_text().partition("## What they lose")[2].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| ")][1:]
-    assert len(rows) == 10
+    rows = table_after("## What they lose")
+    assert {"rtn", "gptq", "mixed"} < {name for name, *_ in rows}
     for name, *shown in rows:
         assert shown == [f"{plans[f'{name}/{bits}']['drop']:.2f}" for bits in (4, 3, 2)], name
+
+
+def test_the_table_of_mixed_plans_is_that_of_its_records():
+    rows = table_after("## Where bits go")
+    assert len(rows) >= 5
+    for name, unit, *shown in rows:
+        record = json.loads((ROOT / f"benchmarks/records/weight-methods-{name}.json").read_text())
+        plans = [record["plans"].get(f"mixed/{bits}") for bits in (4, 3, 2)]
+        pairs = [(p["against_drop"], p["drop"]) if p else ("-", "-") for p in plans]
+        want = [f"{one:.2f}" if isinstance(one, float) else one for pair in pairs for one in pair]
+        assert (unit, shown) == (record["unit"], want), name
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """Rows of the first table under a heading of the guide of strategies."""
+    page = (ROOT / "docs/pages/guides/strategies.md").read_text().partition(heading)[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| ")][1:]
+
+
+def test_the_table_of_quantizers_is_that_of_its_record():
+    record = json.loads((ROOT / "benchmarks/records/quantizers-smollm-moby.json").read_text())
+    want = [
+        f"| {row['program']} | {row['method']} | {row['cpu_seconds']:.1f} | {row['peak_rss_bytes'] / 1e9:.2f} "
+        f"| {row['perplexity']:.2f} |"
+        for row in record["rows"]
+    ]
+    page = (ROOT / "benchmarks/README.md").read_text()
+    begin = page.index("| program | method |")
+    assert page[begin:].partition("\n\n")[0].splitlines()[2:] == want
+    assert f"{record['float']['perplexity']:.2f}" in page[:begin]
+    looking = {row["program"]: row for row in record["rows"] if row["method"] != "rtn"}
+    ours = looking.pop("laconic")
+    assert all(ours[name] < row[name] for row in looking.values() for name in ("cpu_seconds", "perplexity"))

@@ -285,6 +285,7 @@ class Reading:
         return batches_of(self.task, split, tokens, batch=batch, seq=self.options.seq, limit=limit)
 
     def note(self, sentence: str) -> None:
+        """Add a sentence to the report, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 

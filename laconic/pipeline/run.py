@@ -37,6 +37,7 @@ from .distribute import follow
 from .ledger import coverage, ledger
 from .measure import latency_ms, peak_rss, run_batch, tight_heap, versions
 from .observe import arguments, histograms, rows_within
+from .orders import uniform
 from .plan import METADATA, RUNTIME
 from .reading import CALIBRATION_TOKENS, Options, Progress
 from .recipe import LEARNED, Recipe
@@ -197,7 +198,10 @@ class Run(Deciding):
         """The recipe that loses least on the select split under the byte ceiling, of those that fit the model."""
         tried = [first]
         standing: Attempt | None = first  # the one whose values the model holds
-        for recipe in candidates(first.recipe, self.ground.structure, self.ground.model):
+        ground, filled = self.ground, 0.0
+        if self.ceiling is not None:
+            filled = ground.layout(uniform(ground, self.ceiling)).total_bytes / self.ceiling
+        for recipe in candidates(first.recipe, ground.structure, ground.model, filled):
             self.restore(recipe)
             standing = None
             try:

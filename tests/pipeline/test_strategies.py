@@ -260,6 +260,19 @@ def test_candidates_fit_the_model(classifier, llama):
     assert names[:3] == ["awq, gptq", "rotate, gptq", "rotate, rsq"] and "gptq, norm_tweak" in names
     plain = Structure.build(model, ((torch.zeros(1, 24),), {}))
     assert [told(r) for r in candidates(Recipe(), plain, model)] == ["adaquant"]
+    assert [told(r) for r in candidates(Recipe(), plain, model, filled=0.96)] == ["adaquant", "gptq, uniform"]
+
+
+def test_one_width_for_all_is_tried_where_it_fills_the_ceiling(llama, tmp_path, monkeypatch):
+    folder, data = llama
+    monkeypatch.setattr("laconic.pipeline.search.TRAINED", 0)
+    size = compress(folder, data, "size=7x", seq=16, out=tmp_path / "alike", strategy="uniform").size_after
+    wanted = "gptq, uniform"
+    monkeypatch.setattr(Run, "_measure_select", lambda self, name, decision: 1.0 if name.startswith(wanted) else 5.0)
+    for budget, there in ((f"size={size}", True), (f"size={int(size * 1.1)}", False)):
+        found = compress(folder, data, budget, seq=16, out=tmp_path / budget, strategy="search")
+        (tried,) = [note for note in found.record["notes"] if note.startswith("recipes tried")]
+        assert (wanted in tried) == there and (len(set(widths(found).values())) == 1) == there
 
 
 def widths(found, inside=""):
