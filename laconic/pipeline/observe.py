@@ -45,9 +45,15 @@ def batches_of(
 
 
 def rows_within(task: Any, split: str, tokens: int, *, seq: int | None = None) -> int:
-    """Examples of a split that make about so many positions: 1 at least, 64 at most."""
-    one = batches_of(task, split, 1, batch=1, seq=seq, limit=1)
-    return min(64, max(1, tokens // max(1, positions(one[0])))) if one else 1
+    """Examples of a split that make about so many positions: one at least.
+
+    Of floats 64 at most, of token ids 8: the next ones may be longer, and all are padded to the longest.
+    """
+    found = batches_of(task, split, 1, batch=1, seq=seq, limit=1)
+    if not found:
+        return 1
+    first = next(iter(found[0].values())) if isinstance(found[0], Mapping) else found[0][0]
+    return min(64 if first.is_floating_point() else 8, max(1, tokens // max(1, positions(found[0]))))
 
 
 def arguments(model: nn.Module, task: Any, batch: Any) -> tuple[tuple, dict]:
