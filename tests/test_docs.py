@@ -338,6 +338,18 @@ def test_the_table_of_strategies_is_that_of_its_record():
         assert shown == [f"{plans[f'{name}/{bits}']['drop']:.2f}" for bits in (4, 3, 2)], name
 
 
+def test_the_table_of_caches_is_that_of_its_record():
+    record = json.loads((ROOT / "benchmarks/records/long-context.json").read_text())
+    page = (ROOT / "docs/pages/guides/run-a-model.md").read_text()
+    rows = {row["arm"]: row for row in record["rows"] if row["tokens"] == 4096}
+    begin = page.index("| cache | perplexity |")
+    shown = [line.strip("| ").split(" | ") for line in page[begin:].partition("\n\n")[0].splitlines()[2:]]
+    assert {"floats", "4 bits", "2 bits, rotatekv"} < {name for name, *_ in shown}
+    for name, *cells in shown:
+        row = rows[name]
+        assert cells == [f"{row['worse_percent']:+.1f} %", f"{row['bytes'] / 2**20:.1f}", f"{row['ratio']:.2f}x"], name
+
+
 def test_the_table_of_mixed_plans_is_that_of_its_records():
     rows = table_after("## Where bits go")
     assert len(rows) >= 5

@@ -82,8 +82,8 @@ def chart(
         x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
         px, py = at(x, y)
         shown = 10**x if log else x
-        parts.append(f'<text class="dim" text-anchor="middle" x="{px:.1f}" y="{bottom + 16}">{shown:.3g}</text>')
-        parts.append(f'<text class="dim" text-anchor="end" x="{LEFT - 6}" y="{py + 4:.1f}">{y:.3g}</text>')
+        parts.append(f'<text class="dim" text-anchor="middle" x="{px:.1f}" y="{bottom + 16}">{_tick(shown)}</text>')
+        parts.append(f'<text class="dim" text-anchor="end" x="{LEFT - 6}" y="{py + 4:.1f}">{_tick(y)}</text>')
     middle = (LEFT + right) / 2
     parts.append(f'<text class="dim" text-anchor="middle" x="{middle}" y="{height - 8}">{escape(across)}</text>')
     parts.append(
@@ -142,6 +142,13 @@ def _page(width: float, height: float, label: str, parts: Sequence[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     page = f'<rect class="page" width="{width}" height="{height}"/>'
     return f'{head} aria-label="{escape(label)}"><style>{STYLE}</style>{page}{"".join(parts)}</svg>'
+
+
+def _tick(value: float) -> str:
+    """A number beside an axis, in the room that there is: 1,024, 52.8, -0.0002."""
+    if 1000 <= abs(value) < 1e5:
+        return f"{value:,.0f}"
+    return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
