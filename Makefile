@@ -4,13 +4,13 @@
 #   PYTHON=python3.12    the interpreter to make .venv with (3.11 to 3.13; the first that fits is taken)
 #   TORCH_INDEX=URL      another package index for torch alone, for a CPU-only or a CUDA build
 #   DEMO_OUT=FOLDER      where the demo writes
-#   PYTEST_ARGS=...      instead of -n auto, a process a core: for instance -n 0, or -n 2 -m "not slow"
+#   PYTEST_ARGS=...      instead of -n auto --dist worksteal, a process a core: for instance -n 0, or -n 2 -m "not slow"
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 DEMO_OUT ?= demo-out
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

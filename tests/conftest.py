@@ -6,6 +6,7 @@ Processes of one run share the cores: each gets its part of them as torch's thre
 from __future__ import annotations
 
 import os
+from typing import Any
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
@@ -15,3 +16,8 @@ import torch  # noqa: E402 - its threads are counted when it is imported
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The longest first: whoever gets one at the end keeps all others waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
