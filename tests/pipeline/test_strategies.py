@@ -146,23 +146,34 @@ def test_trained_rounding_beats_rounding_to_nearest(classifier, tmp_path):
     assert lost["adaquant"] < 0.7 * lost["rtn"] and lost["genie"] < 0.7 * lost["rtn"]
 
 
+def biases_are_trained(model, folder):
+    """Whether the artifact of a model has another bias than the model."""
+    packed = laconic.load(folder, into=copy.deepcopy(model))
+    name = next(name for name, p in model.named_parameters() if name.endswith("bias"))
+    return not torch.equal(packed.get_parameter(name), model.get_parameter(name))
+
+
+def stopped(*args, **kwargs):
+    """Ctrl-C, where work would go on."""
+    raise KeyboardInterrupt
+
+
+def cut_before_writing(monkeypatch, model, data, budget, out, **options):
+    """A run that is interrupted when all is solved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, data, budget, out=out, **options)
+
+
 def test_trained_biases_are_in_the_artifact_and_survive_a_resumed_run(classifier, tmp_path, monkeypatch):
     """adaquant trains biases too; solutions that are there are not trained again."""
     model, data = classifier
     recipe = Recipe(passes=[Quantize(method="adaquant", bits=[4], steps=20)])
     options = {"recipe": recipe, "example": torch.zeros(1, 24)}
     found = compress(model, data, "size=4x", out=tmp_path / "out", **options)
-    packed = laconic.load(found.out, into=copy.deepcopy(model))
-    bias = next(name for name, p in model.named_parameters() if name.endswith("bias"))
-    assert not torch.equal(packed.get_parameter(bias), model.get_parameter(bias))
-
-    def stopped(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_write", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            compress(model, data, "size=4x", out=tmp_path / "cut", **options)
+    assert biases_are_trained(model, found.out)
+    cut_before_writing(monkeypatch, model, data, "size=4x", tmp_path / "cut", **options)
     with monkeypatch.context() as patch:
         patch.setattr("laconic.pipeline.solve.learn", stopped)
         resumed = compress(model, data, "size=4x", out=tmp_path / "cut", resume=True, **options)
@@ -177,17 +188,8 @@ def test_a_plan_that_cannot_grow_is_written_as_it_was_solved(classifier, tmp_pat
     monkeypatch.setattr(Run, "_measure_select", lambda self, name, decision: 5.0)
     found = compress(model, data, "size=4x, drop=1", out=tmp_path / "out", **options)
     assert any("leaves no room for a larger plan" in note for note in found.record["notes"])
-    bias = next(name for name, p in model.named_parameters() if name.endswith("bias"))
-    packed = laconic.load(found.out, into=copy.deepcopy(model))
-    assert not torch.equal(packed.get_parameter(bias), model.get_parameter(bias))
-
-    def stopped(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "_write", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            compress(model, data, "size=4x, drop=1", out=tmp_path / "cut", **options)
+    assert biases_are_trained(model, found.out)
+    cut_before_writing(monkeypatch, model, data, "size=4x, drop=1", tmp_path / "cut", **options)
     resumed = compress(model, data, "size=4x, drop=1", out=tmp_path / "cut", resume=True, **options)
     assert hashes(resumed.out) == hashes(found.out)
 
