@@ -1,7 +1,7 @@
 """The joint search: which recipes are worth trying on a model beside the one at hand.
 
 Bits of parameters are allocated within every recipe (`decide`); here is what else may change: rewrites of the float model
-before (awq, rotate), the method that rounds (gptq, rsq, adaquant), repair after (norm_tweak), and one width for all: at
+before (awq, rotate), the method that rounds (gptq, rsq, genie, adaquant), repair after (norm_tweak), and one width for all: at
 2 bits the costs that the program adds up say little of what layers do together. Each candidate is solved whole and measured
 on the select split, under the same ceiling of bytes: what a rewrite promises by itself, a method that weighs errors by the
 inputs often does already.
@@ -14,7 +14,7 @@ from torch import nn
 from laconic.core.structure import Structure
 from laconic.quant import NormTweak
 
-from .recipe import AWQ, BiasCorrection, Recipe, Rotate
+from .recipe import AWQ, LEARNED, BiasCorrection, Recipe, Rotate
 from .recipe import NormTweak as NormTweakStep
 from .rewrite import pass_of
 
@@ -42,7 +42,7 @@ def candidates(recipe: Recipe, structure: Structure, model: nn.Module, filled: f
     if NormTweak().plan(structure, model).units:
         found.append(recipe.with_passes(NormTweakStep()))
     if sum(p.numel() for p in model.parameters()) <= TRAINED:
-        found.append(_without_correction(recipe).with_passes(method="adaquant"))
+        found += [_without_correction(recipe).with_passes(method=name) for name in LEARNED]
     if filled >= FILLED:
         found.append(recipe.with_passes(allocate="uniform"))
     return found

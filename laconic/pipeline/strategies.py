@@ -60,7 +60,7 @@ NF4 = "v1/levelsnf4/group64/float16/minmax/znone/nearest"
 STRATEGIES: dict[str, Strategy] = {
     "auto": Strategy("gptq, and the search where the drop of the budget is missed", Recipe(), "missed"),
     "search": Strategy(
-        "gptq, awq, rotate, rsq, norm_tweak and adaquant, whichever loses least here", Recipe(), "always"
+        "gptq, awq, rotate, rsq, norm_tweak, genie and adaquant, whichever loses least here", Recipe(), "always"
     ),
     "rtn": Strategy("to nearest; needs no data", _by("rtn")),
     "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe()),

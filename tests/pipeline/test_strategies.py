@@ -261,8 +261,8 @@ def test_candidates_fit_the_model(classifier, llama):
     names = [told(r) for r in candidates(Recipe(), Structure.build(of_llama, source.example()), of_llama)]
     assert names[:3] == ["awq, gptq", "rotate, gptq", "rotate, rsq"] and "gptq, norm_tweak" in names
     plain = Structure.build(model, ((torch.zeros(1, 24),), {}))
-    assert [told(r) for r in candidates(Recipe(), plain, model)] == ["adaquant"]
-    assert [told(r) for r in candidates(Recipe(), plain, model, filled=0.96)] == ["adaquant", "gptq, uniform"]
+    assert [told(r) for r in candidates(Recipe(), plain, model)] == ["adaquant", "genie"]
+    assert [told(r) for r in candidates(Recipe(), plain, model, filled=0.96)] == ["adaquant", "genie", "gptq, uniform"]
 
 
 def test_one_width_for_all_is_tried_where_it_fills_the_ceiling(llama, tmp_path, monkeypatch):
