@@ -34,9 +34,10 @@ __all__ = ["bisected", "by_blocks", "sensitivity_order", "uniform"]
 DRAWS, BESIDE = 4, 2
 
 
-def at(unit: Unit, bits: int) -> Scheme:
-    """What a unit is stored as at so many bits: its best option there, or the next one below."""
-    return next((s for s in unit.options if s.bits <= bits), unit.options[-1])
+def at(unit: Unit, bits: int, finest: bool = True) -> Scheme:
+    """What a unit is stored as at so many bits, in the finest groups or in the coarsest; at the next width below else."""
+    best = next((s for s in unit.options if s.bits <= bits), unit.options[-1])
+    return best if finest else [s for s in unit.options if s.bits == best.bits][-1]
 
 
 def _widths(ground: Ground) -> list[int]:
@@ -44,9 +45,9 @@ def _widths(ground: Ground) -> list[int]:
 
 
 def uniform(ground: Ground, ceiling: int) -> Choice:
-    """The most bits for every parameter alike whose exact file fits."""
-    plans = ({u.name: at(u, bits) for u in ground.packable} for bits in _widths(ground))
-    return _first(ground, plans, ceiling)
+    """The most bits for every parameter alike whose exact file fits: in the finest groups of a width, then in the coarsest."""
+    ways = [(bits, finest) for bits in _widths(ground) for finest in (True, False)]
+    return _first(ground, ({u.name: at(u, *way) for u in ground.packable} for way in ways), ceiling)
 
 
 def by_blocks(ground: Ground, task: Any, batches: Sequence[Any], ceiling: int) -> Choice:
@@ -81,11 +82,8 @@ def _downwards(ground: Ground, groups: Sequence[Sequence[Unit]]) -> Iterator[Cho
 
 
 def _first(ground: Ground, plans: Iterator[Choice], ceiling: int) -> Choice:
-    plan: Choice = {}
-    for plan in plans:
-        if ground.layout(plan).total_bytes <= ceiling:
-            return plan
-    return plan  # the least there is: that it fits was checked from shapes
+    least: Choice = {u.name: u.options[-1] for u in ground.packable}  # that it fits was checked from shapes
+    return next((plan for plan in plans if ground.layout(plan).total_bytes <= ceiling), least)
 
 
 def sensitivity_order(ground: Ground, task: Any, batches: Sequence[Any], seed: int) -> list[str]:

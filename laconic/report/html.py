@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -95,7 +96,10 @@ def _context(record: Mapping) -> dict[str, Any]:
         "drop_strip": charts.drop_strip(record),
         "pareto": charts.pareto(record),
         "plans": [
-            {"recipe": p["recipe"], "size": text.bytes_(p["size"]), "drop": text.drop(p["drop"], unit_of(record))}
+            {
+                "recipe": p["recipe"], "size": text.bytes_(p["size"]), "drop": text.drop(p["drop"], unit_of(record)),
+                "what": re.sub(r", [\d.]+x$", "", str(p.get("name") or "")),
+            }
             for p in record.get("tried") or []
             if p.get("recipe")
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import laconic
 from laconic import cli
 from laconic.core.structure import Structure
-from laconic.errors import BadInput
+from laconic.errors import BadInput, Impossible
 from laconic.pipeline.compress import compress, plan
 from laconic.pipeline.recipe import Quantize, Recipe, Rotate
 from laconic.pipeline.run import Run
@@ -271,7 +272,7 @@ def test_one_width_for_all_is_tried_where_it_fills_the_ceiling(llama, tmp_path, 
     size = compress(folder, data, "size=7x", seq=16, out=tmp_path / "alike", strategy="uniform").size_after
     wanted = "gptq, uniform"
     monkeypatch.setattr(Run, "_measure_select", lambda self, name, decision: 1.0 if name.startswith(wanted) else 5.0)
-    for budget, there in ((f"size={size}", True), (f"size={int(size * 1.1)}", False)):
+    for budget, there in ((f"size={size}", True), (f"size={int(size * 1.06)}", False)):
         found = compress(folder, data, budget, seq=16, out=tmp_path / budget, strategy="search")
         (tried,) = [note for note in found.record["notes"] if note.startswith("recipes tried")]
         assert (wanted in tried) == there and (len(set(widths(found).values())) == 1) == there
@@ -300,6 +301,17 @@ def test_bits_are_given_out_by_other_ways_than_the_program(llama, tmp_path, monk
     bisected = compress(folder, data, "drop=0.5", seq=16, out=tmp_path / "bisect", strategy="hessian_interlayer")
     below = [bits for bits in widths(bisected).values() if bits < 5]
     assert len(below) == 5 and max(widths(bisected).values()) <= 5
+
+
+@pytest.mark.parametrize("name", ["uniform", "layer_bits"])
+def test_every_way_to_give_out_bits_reaches_the_least_there_is(llama, tmp_path, name):
+    folder, data = llama
+    with pytest.raises(Impossible, match="the least is") as refused:
+        compress(folder, data, "size=100x", seq=16, out=tmp_path / "o", strategy=name)
+    least = int(re.search(r"the least is ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+    found = compress(folder, data, f"size={least}", seq=16, out=tmp_path / "least", strategy=name)
+    assert found.size_after == least
+    assert compress(folder, data, f"size={least + 1}", seq=16, out=tmp_path / "o", strategy=name).size_after == least
 
 
 def test_ways_to_give_out_bits_say_what_they_need(llama, classifier, tmp_path):

@@ -176,6 +176,15 @@ def test_the_size_axis_of_candidates_that_lie_close_has_different_labels():
         assert len(labels) > 2 and len(set(labels)) == len(labels)
 
 
+def test_plans_on_the_frontier_say_what_they_are():
+    record = make_record(5)
+    record["tried"][0] |= {"name": "gptq, uniform, 12.91x", "recipe": "plans/300680.yaml", "size": 300_680, "drop": 1.4}
+    record["tried"][1] |= {"name": "by hand", "recipe": "plans/1.yaml"}
+    text = Page(render_report(record)).text
+    assert "plans/300680.yaml: 301 kB, drop 1.4 points, gptq, uniform" in text
+    assert re.search(r"plans/1.yaml: [^,]+, drop [^,]+, by hand", text)
+
+
 @pytest.mark.parametrize("gone", ["task", "units", "ledger", "tried", "latency", "seconds", "machine", "before"])
 def test_a_part_that_was_not_measured_is_no_error(record, gone):
     for absent in (dict(record, **{gone: None}), {k: v for k, v in record.items() if k != gone}):
