@@ -128,26 +128,41 @@ def test_gptqmodel_reads_what_we_write(gptqmodel, tmp_path, to, version):
 
 @pytest.mark.parametrize("act_order", [False, True], ids=["plain", "act-order"])
 def test_we_open_what_gptqmodel_quantizes(gptqmodel, tmp_path, act_order):
-    drawn(**SMALL).save_pretrained(tmp_path / "float")
-    tokenizer().save_pretrained(tmp_path / "float")
     how = gptqmodel.QuantizeConfig(bits=4, group_size=32, desc_act=act_order)
-    theirs = gptqmodel.GPTQModel.load(str(tmp_path / "float"), how, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, 96, (32,), generator=generator).tolist() for _ in range(8)]
-    theirs.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
-    theirs.save(str(tmp_path / "out"))
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))  # it saved in bfloat16
-    ours = laconic.load(tmp_path / "out")
+    ours = laconic.load(quantized(gptqmodel, how, drawn(**SMALL), tmp_path))
     assert len(packed_specs(ours)) == 7
     assert off(logits(ours, IDS), logits(opened(gptqmodel, tmp_path / "out"), IDS)) < 5e-3
 
 
-def opened(gptqmodel, folder: Path):
+def test_we_open_what_gptqmodel_quantizes_as_awq(gptqmodel, tmp_path):
+    method, form = gptqmodel.quantization.METHOD.AWQ, gptqmodel.quantization.FORMAT.GEMM
+    how = gptqmodel.QuantizeConfig(bits=4, group_size=32, quant_method=method, format=form)
+    # Its search for clipped ranges takes outputs 64 at a time.
+    model = drawn(**{**SMALL, "intermediate_size": 128, "num_key_value_heads": 4})
+    ours = laconic.load(quantized(gptqmodel, how, model, tmp_path))
+    assert len(packed_specs(ours)) == 7
+    assert off(logits(ours, IDS), logits(opened(gptqmodel, tmp_path / "out", "AWQ_TORCH"), IDS)) < 5e-3
+
+
+def quantized(gptqmodel, how, model, folder: Path) -> Path:
+    """What GPTQModel writes of the model."""
+    model.save_pretrained(folder / "float")
+    tokenizer().save_pretrained(folder / "float")
+    theirs = gptqmodel.GPTQModel.load(str(folder / "float"), how, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 96, (32,), generator=generator).tolist() for _ in range(8)]
+    theirs.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
+    theirs.save(str(folder / "out"))
+    config = json.loads((folder / "out" / "config.json").read_text())
+    (folder / "out" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))  # it saved in bfloat16
+    return folder / "out"
+
+
+def opened(gptqmodel, folder: Path, backend: str = "GPTQ_TORCH"):
     """By GPTQModel on its plain torch kernels, which take float16 at best."""
     tokenizer().save_pretrained(folder)
     held = gptqmodel.GPTQModel.load(
-        str(folder), backend=gptqmodel.BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+        str(folder), backend=getattr(gptqmodel.BACKEND, backend), device="cpu", dtype=torch.float16
     )
     return held.model
 
