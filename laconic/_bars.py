@@ -13,8 +13,12 @@ __all__ = ["bars"]
 
 @contextmanager
 def bars(silent: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function that shows (stage, done, total) as bars while the context lasts; None if nothing is to be shown."""
-    if silent:
+    """A function that shows (stage, done, total) as bars while the context lasts; None if nothing is to be shown.
+
+    Nothing is where standard error is no terminal: a file would get an empty line.
+    """
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
         yield None
         return
     from rich.progress import (
@@ -33,7 +37,7 @@ def bars(silent: bool) -> Iterator[Callable[[str, int, int], None] | None]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    with Progress(*columns, console=console, transient=True) as display:
         shown: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -88,15 +88,16 @@ def _list(names: list[str], peers: list[str] | None, json_: bool) -> None:
 
 @contextmanager
 def _progress(silent: bool) -> Iterator[Any]:
-    """One bar on standard error for what is under way."""
-    if silent:
+    """One bar on standard error for what is under way, where that is a terminal."""
+    console = Console(stderr=True)
+    if silent or not console.is_terminal:
         yield lambda stage, done, total: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn only when something is told, never by a thread of its own, which would run beside what is timed.
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as display:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as display:
         bar = display.add_task("")
 
         def show(stage: str, done: int, total: int) -> None:

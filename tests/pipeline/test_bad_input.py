@@ -225,10 +225,12 @@ def test_budgets_that_cannot_be_worked_with(refused, llama, budget, sentence):
     refused(sentence, llama, "--budget", budget)
 
 
-def test_an_impossible_budget_prints_the_least_figure(refused, llama):
+def test_an_impossible_budget_prints_the_least_figure(refused, llama, capsys):
     least = plan(llama, budget="size=2x")["least"]
     said = refused("cannot be reached", llama, "--budget", "size=1000x")
     assert f"{least:,} bytes" in said
+    # Bars are for terminals: where they are asked for and there is none, the sentence stays the only line.
+    assert run_cli(capsys, "compress", "--budget", "size=1000x", "--out", llama.parent / "no", llama) == (2, "", said)
     assert compress(llama, budget=f"size={least}B", out=llama.parent / "least").size_after == least
     with pytest.raises(Impossible):
         plan(llama, budget=f"size={least - 1}B")
