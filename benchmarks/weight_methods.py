@@ -267,6 +267,7 @@ def uniform(unit: Unit, bits: int, form: str = "group") -> Scheme | None:
         "group": f"v1/int{bits}/{short}/float16/minmax/zint/nearest",
         "row": f"v1/int{bits}/channel/float16/minmax/zint/nearest",
         "levels": f"v1/levelsnf{bits}/{short}/float16/minmax/znone/nearest",
+        "real": f"v1/int{bits}/{short}/float16/hqq/zreal/nearest",
     }[form]
     scheme = Scheme.parse(text)
     return scheme if unit.options and unit.stored(scheme) < unit.nbytes else None
@@ -279,7 +280,7 @@ class Method:
     Attributes:
         summary: in a line.
         recipe: its passes at a width and a number of steps; None where `compress` cannot do it.
-        form: "group", "row" or "levels", of `uniform`.
+        form: "group", "row", "levels" or "real", of `uniform`.
         own: rounds a float model in place where there is no recipe: (bench, ground, names, bits) -> stored bytes.
         takes: which parameters `own` rounds.
     """
@@ -372,6 +373,7 @@ METHODS: dict[str, Method] = {
     "rsq": Method("turned, then gptq with tokens counted by attention", _by("rsq", recipes.Rotate())),
     "norm_tweak": Method("gptq, then each block's norms trained", _by("gptq", recipes.NormTweak())),
     "nf": Method("NormalFloat levels, as qlora", _by("rtn"), "levels"),
+    "hqq": Method("to nearest, real zero points solved for", _by("rtn"), "real"),
     "minmax": Method("ZeroQ's ranges by row", own=_minmax),
     "lq_lora": Method("NormalFloat and adapters of rank 8", own=_low_rank, takes=_whole_blocks),
     "adaquant": Method("ranges, weights and biases of each layer trained", _by("adaquant"), "row"),

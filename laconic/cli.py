@@ -32,8 +32,8 @@ REQUIRED = inspect.Parameter.empty
 
 # As in `laconic.pipeline.strategies`, which takes long to import; a test compares them.
 STRATEGIES = (
-    "auto", "search", "rtn", "gptq", "awq", "smoothquant", "rotate", "rsq", "norm_tweak", "adaquant", "genie", "nf4",
-    "uniform", "layer_bits", "hessian_interlayer",
+    "auto", "search", "rtn", "gptq", "awq", "smoothquant", "rotate", "rsq", "norm_tweak", "adaquant", "genie", "hqq",
+    "nf4", "uniform", "layer_bits", "hessian_interlayer",
 )  # fmt: skip
 
 # What more than one command takes: the type, how it is shown, and the default.

@@ -36,6 +36,7 @@ from .hadamard import (
     random_hadamard,
     random_orthogonal,
 )
+from .half_quadratic import half_quadratic
 from .kv import (
     KVCodes,
     grouped_size,
@@ -104,6 +105,7 @@ __all__ = [
     "hadamard",
     "hadamard_block",
     "hadamard_matrix",
+    "half_quadratic",
     "k_means",
     "kv_codes",
     "kv_round",

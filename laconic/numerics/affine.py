@@ -29,6 +29,7 @@ from . import codebook
 from .blocks import block_scale
 from .elements import Binary, Codebook, Float, Int, Ternary
 from .finite import ScaleOutOfRange, check_finite
+from .half_quadratic import zero_points
 from .scales import rounding_scales, settled, store_scales
 from .scheme import Scheme
 
@@ -94,6 +95,10 @@ def _group_scales(x: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor 
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
         scale, zero = _search_mse(groups, low, high, scheme, name)
+    elif scheme.scale.rule == "hqq":
+        scale, zero = params_from_range(low, high, scheme, name)
+        assert zero is not None
+        zero = _half_quadratic(groups, scale, zero, scheme)
     else:
         scale, zero = params_from_range(low, high, scheme, name)
     return scale, zero
@@ -329,6 +334,18 @@ def _search(x: Tensor, shrunk: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     for pairs in zip(range_.split(x.shape[1]), column.split(x.shape[1]), strict=True):
         error[pairs] = grids.errors(x.index_select(1, pairs[1]), pairs).abs_().pow_(MSE_NORM).sum(0)
     return within[error.argmin(0)]
+
+
+def _half_quadratic(groups: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Real zero points (rows, G), as they are stored, of groups (rows, G, g) under stored scales."""
+    if groups.numel() == 0:
+        return zero
+    x, s, start = groups.reshape(-1, groups.shape[-1]), scale.reshape(-1).float(), zero.reshape(-1).float()
+    found, step = torch.empty_like(start), max(1, SEARCH // groups.shape[-1])
+    for begin in range(0, len(x), step):
+        part = slice(begin, begin + step)
+        found[part] = zero_points(x[part].float(), s[part], start[part], scheme.element.levels - 1, zero.dtype)
+    return found.view(zero.shape).to(zero.dtype)
 
 
 class _Grids:

@@ -17,7 +17,7 @@ import torch
 from .floats import FLOATS, MiniFloat, float_values, mini_float
 from .levels import TABLES
 
-Rule = Literal["minmax", "percentile", "mse", "absmean", "floor", "ct_round", "ceil"]
+Rule = Literal["minmax", "percentile", "mse", "hqq", "absmean", "floor", "ct_round", "ceil"]
 
 
 class _HasBits(Protocol):
@@ -44,7 +44,7 @@ class Int(_Dense):
 
     bits: int
 
-    rules: ClassVar[tuple[Rule, ...]] = ("minmax", "percentile", "mse")
+    rules: ClassVar[tuple[Rule, ...]] = ("minmax", "percentile", "mse", "hqq")
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:

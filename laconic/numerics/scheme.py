@@ -36,6 +36,7 @@ Rounding = Literal["nearest", "stochastic", "away", "zero"]
 
 CODED_DTYPES = ("e8m0", "e4m3")  # scales in a byte, of floats
 POWERS = ("floor", "ct_round", "ceil")  # rules that give powers of two
+RULES = ("minmax", "percentile", "mse", "hqq", "absmean", *POWERS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Scale:
             `scales.py`.
         rule: `minmax`; `percentile` (from the `100 - percentile` % to the `percentile` % quantile); `mse` (a
             grid over shrunken ranges, least sum of |x^ - x|^2.4; of ternary numbers the least squares, exactly);
+            `hqq` (the scale of `minmax`, and a real zero point that is solved for, see `half_quadratic.py`);
             `absmean` (the mean of |x|, for ternary and binary numbers, and codebooks); `floor`, `ct_round` and `ceil`
             (powers of two, see `blocks.py`).
         percentile: used by `percentile`.
@@ -76,8 +78,8 @@ class Scale:
             raise ValueError(f"Scale(group={self.group}): a group has at least one element")
         if self.dtype not in SCALE_DTYPES and self.dtype not in CODED_DTYPES:
             raise ValueError(f"Scale(dtype={self.dtype!r}): one of {', '.join((*SCALE_DTYPES, *CODED_DTYPES))}")
-        if self.rule not in ("minmax", "percentile", "mse", "absmean", *POWERS):
-            raise ValueError(f"Scale(rule={self.rule!r}): one of minmax, percentile, mse, absmean, {', '.join(POWERS)}")
+        if self.rule not in RULES:
+            raise ValueError(f"Scale(rule={self.rule!r}): one of {', '.join(RULES)}")
         if (self.dtype == "e8m0") != (self.rule in POWERS):
             raise ValueError(
                 f"Scale(dtype={self.dtype!r}, rule={self.rule!r}): scales in e8m0, and no others, go by "
@@ -163,6 +165,8 @@ class Scheme:
                 "rounding belong to integers, rounding away from or towards zero to floats; all have zero 'none' and "
                 "rounding 'nearest'"
             )
+        if self.scale.rule == "hqq" and self.zero != "real":
+            raise ValueError(f"Scheme(rule='hqq', zero={self.zero!r}): the rule finds real zero points, take zero='real'")
         if self.scale.dtype in CODED_DTYPES and not isinstance(self.element, Float):
             raise ValueError(f"Scheme({self.element}, dtype={self.scale.dtype!r}): scales in a byte belong to floats")
         if isinstance(self.element, Codebook) and (self.scale.group or 0) % self.element.dim:

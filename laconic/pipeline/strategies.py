@@ -55,6 +55,11 @@ def _by(method: Method, *further: Step) -> Recipe:
     return _recipe(Quantize(method=method), *further)
 
 
+HQQ = [
+    "v1/int8/channel/float16/minmax/znone/nearest",
+    "v1/int6/group128/float16/minmax/zint/nearest",
+    *(f"v1/int{bits}/group{g}/float16/hqq/zreal/nearest" for bits in (4, 3, 2) for g in (32, 128)),
+]
 NF4 = "v1/levelsnf4/group64/float16/minmax/znone/nearest"
 
 STRATEGIES: dict[str, Strategy] = {
@@ -74,6 +79,9 @@ STRATEGIES: dict[str, Strategy] = {
     "norm_tweak": Strategy("gptq, then each block's norms trained", _by("gptq", NormTweak())),
     "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant")),
     "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie")),
+    "hqq": Strategy(
+        "to nearest, zero points at 4 bits and below solved for; needs no data", _recipe(Quantize(method="rtn", schemes=HQQ))
+    ),
     "nf4": Strategy("4-bit NormalFloat, as qlora; needs no data", _recipe(Quantize(method="rtn", schemes=[NF4]))),
     "uniform": Strategy("gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection())),
     "layer_bits": Strategy(

@@ -65,6 +65,9 @@ from ._hessian_interlayer import InterlayerSensitivity as InterlayerSensitivity
 from ._hessian_interlayer import Sensitivity as Sensitivity
 from ._hessian_interlayer import bisect_bits as bisect_bits
 from ._hessian_interlayer import hutchinson_trace as hutchinson_trace
+from ._hqq import HQQ as HQQ
+from ._hqq import half_quadratic as half_quadratic
+from ._hqq import hqq as hqq
 from ._jlcm import Codebook as Codebook
 from ._jlcm import code_jumps as code_jumps
 from ._jlcm import jlcm as jlcm

@@ -117,8 +117,8 @@ CARD = Card(
     objects={},
     use="Where the hardware multiplies in these formats, or a file has to be in them.",
     avoid="For weights at 4 bits on a CPU: integers with a zero point lose less and have kernels here.",
-    composes=("rotate", "smoothquant"),
-    vectors=("formats", "mx", "nvfp4"),
+    composes=("hqq", "rotate", "smoothquant"),
+    vectors=("formats", "hqq", "mx", "nvfp4"),
     code="microsoft/microxcaling, MIT; vllm-project/compressed-tensors, Apache-2.0",
     claim={
         "text": "On numbers with heavy tails (Student's t of 4 degrees) NVFP4 keeps a signal-to-noise ratio more than "

@@ -169,7 +169,7 @@ class RTN(PackWeights):
         solved = round_to_nearest(matrix, scheme, path, torch.Generator().manual_seed(ctx.seed))
         power = float(matrix.float().square().sum(dtype=torch.float64)) or 1.0
         tensors = pack_tensors(unit.spec(scheme), solved.codes, solved.scale, solved.zero)
-        return unit.record(scheme, tensors, method="rtn", loss=solved.loss / power)
+        return unit.record(scheme, tensors, method=self.id, loss=solved.loss / power)
 
 
 CARD = Card(

@@ -16,12 +16,13 @@ import laconic
 from laconic import cli
 from laconic.core.structure import Structure
 from laconic.errors import BadInput, Impossible
+from laconic.nn import packed_specs
 from laconic.pipeline.compress import compress, plan
 from laconic.pipeline.recipe import Quantize, Recipe, Rotate
 from laconic.pipeline.run import Run
 from laconic.pipeline.search import candidates, told
 from laconic.pipeline.source import resolve
-from laconic.pipeline.strategies import STRATEGIES, strategy
+from laconic.pipeline.strategies import HQQ, STRATEGIES, strategy
 
 from .runs import hashes, run_cli, save, token_file, trained_classifier
 
@@ -333,6 +334,15 @@ def test_a_strategy_is_part_of_a_plan(llama):
     folder, data = llama
     found = plan(folder, data, "size=3x", strategy="nf4")
     assert {unit["scheme"] for unit in found["units"]} <= {None, "v1/levelsnf4/group64/float16/minmax/znone/nearest"}
+
+
+def test_hqq_needs_no_data_and_its_zero_points_are_stored(llama, tmp_path):
+    folder, _ = llama
+    done = compress(folder, None, "size=4x", out=tmp_path / "out", strategy="hqq")
+    model = laconic.load(tmp_path / "out")
+    assert done.ratio >= 4 and torch.isfinite(model(torch.arange(3, 15)[None]).logits).all()
+    found = {str(spec.scheme) for spec in packed_specs(model).values()}
+    assert any("/hqq/zreal/" in scheme for scheme in found) and found <= set(HQQ)
 
 
 def test_bad_strategies_and_recipes_are_refused_in_a_sentence(llama, tmp_path, capsys):

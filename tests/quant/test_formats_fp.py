@@ -1,4 +1,4 @@
-"""`formats_fp`: the recorded values of microxcaling, compressed-tensors and gguf, names, orders of exactness."""
+"""`formats_fp`: the recorded values of microxcaling, compressed-tensors, gguf and hqq, names, orders of exactness."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from laconic.errors import BadInput
 from laconic.interop.ggml_blocks import BLOCKS, decode, encode
-from laconic.numerics import Blocks, Float, Int, Scale, Scheme, affine_params, dequantize, quantize
+from laconic.numerics import Blocks, Float, Int, Scale, Scheme, affine_params, dequantize, half_quadratic, quantize
 from laconic.quant import FP8, MXFP, MXINT8, NVFP4, quantize_blocks
+from laconic.quant._formats_fp import MX_ELEMENTS
 from laconic.testing.vectors import Case
 
 ROUNDINGS = {"nearest": "away", "even": "nearest", "floor": "zero"}
@@ -24,7 +25,22 @@ def run_vector(case: Case) -> dict[str, Tensor] | NotImplementedType:
         if case.args.get("format") == "MXFP4":
             return _gguf(case)
         return _ggml(case) if case.args.get("format") in BLOCKS else NotImplemented
+    if case.file.name == "hqq":
+        return _half_quadratic(case)
     return _mx(case) if case.file.name == "mx" else _compressed(case)
+
+
+def _half_quadratic(case: Case) -> dict[str, Tensor]:
+    args, inverse = case.args, case.array("scale")
+    assert args["scale_is_inverse_step"]
+    codes, zero = half_quadratic(
+        case.array("weight"), inverse, case.array("zero"), (args["code_min"], args["code_max"]), axis=args["axis"],
+        norm=args["lp_norm"], beta=args["beta"], growth=args["kappa"] if args["kappa_used"] else 1.0, turns=args["iters"],
+    )  # fmt: skip
+    return {
+        "bits": torch.tensor(args["bits"]), "codes": codes, "scale_after": inverse, "zero_after": zero,
+        "output": (codes - zero) / inverse,
+    }  # fmt: skip
 
 
 def _mx(case: Case) -> dict[str, Tensor]:
@@ -55,7 +71,8 @@ def _compressed(case: Case) -> dict[str, Tensor]:
         assert (args["scale_max"], args["zero_scale_becomes"]) == (448.0, 0.125)
         scheme = NVFP4(block=args["group_size"])
     else:
-        scheme = MXFP(4, args["element"], rule=args["scale_rule"], block=args["group_size"])
+        bits = next(b for b, names in MX_ELEMENTS.items() if args["element"] in names)
+        scheme = MXFP(bits, args["element"], rule=args["scale_rule"], block=args["group_size"])
     done = quantize_blocks(weight, scheme)
     found = {"scale": done.scale, "quantised": done.values(), "dequantised": done.dequantize()}
     return (
