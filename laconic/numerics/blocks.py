@@ -4,8 +4,8 @@ Each run of `group` elements of a row has a scale X, and x^ = X f, f a number of
 
     scale     X of a block with a = max |x|
     e8m0      2^E: E = floor(log2 a) - emax (rule `floor`, OCP MX 1.0: a of more than largest / 2^emax of its power of two
-              saturates); the same after a is rounded up by half a step of the element's mantissa (`ct_round`,
-              compressed-tensors: 1.75 for e2m1); the least E under which nothing saturates (`ceil`)
+              saturates); the same after a quarter of its power of two is added to a (`ct_round`, compressed-tensors: from 1.75
+              times a power on, the next one); the least E under which nothing saturates (`ceil`)
     e4m3      a / largest, in 8 bits under one float32 for the matrix (NVFP4), see `scales.py`
     float32   a / largest (FP8), by row or block or for the matrix; 1 where a = 0
 
@@ -186,7 +186,7 @@ def _exponents(amax: Tensor, element: MiniFloat, rule: str) -> Tensor:
     """E (rows, G) int32 of largest magnitudes in float64."""
     if rule == "ct_round":
         power = torch.ldexp(torch.ones_like(amax), torch.frexp(amax).exponent - 1)
-        amax = amax + power * 2.0 ** -(element.mantissa + 1)
+        amax = amax + power * 0.25
     mantissa, exponent = torch.frexp(amax if rule != "ceil" else amax / element.largest)
     # Up to the next power of two, or to itself where it is one; else down.
     found = exponent - (mantissa == 0.5).int() if rule == "ceil" else exponent - 1 - element.emax

@@ -135,10 +135,10 @@ def row_range(weight: Tensor, dim: int | None = 0) -> tuple[Tensor, Tensor]:
 
 
 def input_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Width and low end (1,) of inputs (B, ...): means over examples of each one's extremes, 0 included."""
+    """Width and low end (1,) of inputs (B, ...): means over examples of each one's extremes, then 0 included."""
     flat = x.detach().flatten(1)
-    low = flat.amin(1).clamp(max=0).mean()
-    return (flat.amax(1).clamp(min=0).mean() - low).view(1), low.view(1)
+    low = flat.amin(1).mean().clamp(max=0)
+    return (flat.amax(1).mean().clamp(min=0) - low).view(1), low.view(1)
 
 
 # --- parametrization and input quantizer ------------------------------------------------------------

@@ -58,7 +58,7 @@ from laconic.numerics.codebook import codes_of, values_of
 
 from ._rtn import round_to_nearest
 
-Heuristic = Literal["two-sided", "row", "column"]
+Heuristic = Literal["two-sided", "row", "column", "none"]
 LEAST = 1e-8  # of F, as a part of its mean
 RANK, ITERATIONS, OVERSAMPLING = 64, 100, 10
 
@@ -187,7 +187,7 @@ def lq_decompose(
         rank: r.
         config: how to round, or a function that does.
         fisher: F (m, n), not negative; None weighs all entries alike.
-        heuristic: which sides are scaled.
+        heuristic: which sides are scaled; with "none" F counts in the errors alone.
         iterations: at most.
         keep: which iterate is the result.
         oversampling, seed: see `low_rank`.
@@ -226,15 +226,15 @@ def _weights(
     """sqrt(F), d and e."""
     if fisher is None:
         return None, None, None
-    if heuristic not in ("two-sided", "row", "column"):
-        raise ValueError(f"{name}: heuristic is {heuristic!r}: it must be two-sided, row or column")
+    if heuristic not in ("two-sided", "row", "column", "none"):
+        raise ValueError(f"{name}: heuristic is {heuristic!r}: it must be two-sided, row, column or none")
     check_finite(fisher, name)
     if fisher.shape != W.shape or bool((fisher < 0).any()):
         raise ValueError(f"{name}: the Fisher information is {tuple(fisher.shape)} for {tuple(W.shape)}, or negative")
     F = fisher.detach().float()
     least = LEAST * float(F.mean()) or 1.0
-    row = F.mean(1).clamp(min=least).sqrt() if heuristic != "column" else None
-    return F.sqrt(), row, F.mean(0).clamp(min=least).sqrt() if heuristic != "row" else None
+    row = F.mean(1).clamp(min=least).sqrt() if heuristic in ("two-sided", "row") else None
+    return F.sqrt(), row, F.mean(0).clamp(min=least).sqrt() if heuristic in ("two-sided", "column") else None
 
 
 def fisher_information(

@@ -47,21 +47,24 @@ def packed(scheme: Scheme, rows: int, k: int, seed: int = 0) -> QuantizedMatrix:
     return QuantizedMatrix(scheme, quantize(x, scale, zero, scheme), scale, zero)
 
 
-def vector(name: str) -> tuple[dict, dict]:
-    case = next(c for c in json.loads((WHERE / "formats.json").read_text())["cases"] if c["name"] == name)
-    arrays = np.load(WHERE / "formats.npz")
-    return case["args"], {role: torch.from_numpy(arrays[key]) for role, key in case["arrays"].items()}
+def vectors(file: str, form: str) -> list:
+    """(arguments, role -> array) of every recorded case of a form, whatever its widths and groups are."""
+    arrays = np.load(WHERE / f"{file}.npz")
+    cases = [c for c in json.loads((WHERE / f"{file}.json").read_text())["cases"] if c["args"].get("format") == form]
+    return [
+        pytest.param(c["args"], {role: torch.from_numpy(arrays[key]) for role, key in c["arrays"].items()}, id=c["name"])
+        for c in cases
+    ]
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.vectors
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_compressed_tensors_packs_like_the_reference(bits):
-    args, arrays = vector(f"ct_pack_{bits}bit")
+@pytest.mark.parametrize(("args", "arrays"), vectors("formats", "pack-quantized"))
+def test_compressed_tensors_packs_like_the_reference(args, arrays):
     codes = (arrays["codes"].to(torch.int16) + args["stored_offset"]).to(torch.uint8)
-    ones = torch.ones(len(codes), 1)
+    ones, bits = torch.ones(len(codes), 1), args["bits"]
     found = compressed_tensors_tensors(QuantizedMatrix(Scheme(Int(bits), Scale("channel")), codes, ones))
     assert torch.equal(found["weight_packed"], arrays["packed"])
     grouped = QuantizedMatrix(Scheme(Int(bits), Scale("group", 1), "int"), codes, ones.expand(codes.shape), codes)
@@ -69,25 +72,22 @@ def test_compressed_tensors_packs_like_the_reference(bits):
 
 
 @pytest.mark.vectors
-@pytest.mark.parametrize(("name", "zero"), [("int4_g32_sym", "none"), ("int4_g32_asym", "int")])
-def test_compressed_tensors_rounds_as_we_do(name, zero):
-    said = json.loads((WHERE / "nvfp4.json").read_text())
-    case, arrays = next(c for c in said["cases"] if c["name"] == name), np.load(WHERE / "nvfp4.npz")
-    given = {role: torch.from_numpy(arrays[key]) for role, key in case["arrays"].items()}
-    scheme = Scheme(Int(case["args"]["bits"]), Scale("group", case["args"]["group_size"]), zero)
+@pytest.mark.parametrize(("args", "given"), vectors("nvfp4", "int"))
+def test_compressed_tensors_rounds_as_we_do(args, given):
+    scheme = Scheme(Int(args["bits"]), Scale("group", args["group_size"]), "none" if args["symmetric"] else "int")
     scale, zero_point = affine_params(given["weight"], scheme)
     matrix = QuantizedMatrix(scheme, quantize(given["weight"], scale, zero_point, scheme), scale, zero_point)
     found = compressed_tensors_tensors(matrix, "int-quantized")
     assert torch.equal(found["weight"].float(), given["quantised"].float().reshape(found["weight"].shape))
     assert torch.allclose(found["weight_scale"], given["scale"].reshape(scale.shape), rtol=1e-6, atol=1e-7)
-    if zero == "int":
+    if not args["symmetric"]:
         assert torch.equal(found["weight_zero_point"].float(), given["zero_point"].float().reshape(scale.shape))
 
 
 @pytest.mark.vectors
-def test_gptq_packs_three_bits_like_the_reference():
-    args, arrays = vector("gptq_pack_3bit")
-    assert torch.equal(packed_inputs(arrays["codes"].to(torch.uint8), 3), arrays["packed"])
+@pytest.mark.parametrize(("args", "arrays"), vectors("formats", "gptq"))
+def test_gptq_packs_like_the_reference(args, arrays):
+    assert torch.equal(packed_inputs(arrays["codes"].to(torch.uint8), args["bits"]), arrays["packed"])
 
 
 def gptq_by_hand(tensors: dict, path: str, bits: int, version: str) -> torch.Tensor:

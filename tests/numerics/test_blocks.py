@@ -84,6 +84,8 @@ def test_rules_of_powers_of_two() -> None:
 
     assert [power(a, "floor") for a in (4.0, 5.0, 6.0, 6.5, 7.9, 8.0)] == [1, 1, 1, 1, 1, 2]
     assert [power(a, "ct_round") for a in (4.0, 6.0, 6.9, 7.0, 7.9, 8.0)] == [1, 1, 1, 2, 2, 2]
+    # From 1.75 times a power on, whatever the element is.
+    assert [power(a, "ct_round", MXFP8_E4M3) for a in (256.0, 440.0, 447.9, 448.0, 500.0)] == [1, 1, 1, 2, 2]
     assert [power(a, "ceil") for a in (3.0, 3.01, 6.0, 6.01, 12.0, 12.5)] == [0.5, 1, 1, 2, 2, 4]
     assert power(448.0, "floor", MXFP8_E4M3) == 1 and power(256.0, "floor", MXFP8_E4M3) == 1
     assert power(2.0**-140, "floor") == 2.0**-127  # as low as a byte goes

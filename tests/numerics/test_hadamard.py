@@ -58,6 +58,15 @@ def test_other_lengths(n: int) -> None:
     torch.testing.assert_close(hadamard_matrix(n), want)
 
 
+@pytest.mark.parametrize(
+    ("order", "first"),
+    [(148, "++-+-+----++--+--++++--+--++----+-+-+"), (156, "+++--+-+-----+--++--"), (172, "+---++--++++-+-+++-++-")],
+)
+def test_orders_that_quip_has_of_williamson(order: int, first: str) -> None:
+    row = base_matrix(order)[0].tolist()
+    assert "".join("+" if v > 0 else "-" for v in row[: len(first)]) == first
+
+
 def test_which_base_is_taken() -> None:
     assert [base_order(n) for n in (64, 12, 24, 48, 40, 80, 20, 56, 11008, 13824, 14336, 88)] == [
         1, 12, 12, 48, 40, 40, 20, 28, 172, 108, 28, 44,

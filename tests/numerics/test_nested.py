@@ -16,7 +16,7 @@ CASES = [case for case in GOLDEN.cases if case["args"].get("double_quant")]
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_vectors(case: dict) -> None:
     (absmax,) = GOLDEN.of(case, "absmax")
-    done = nest(absmax, case["args"]["nested_blocksize"])
+    done = nest(absmax, case["args"]["nested_blocksize"], grid=65535)
     GOLDEN.check("absmax_code", done.codes, GOLDEN.of(case, "absmax_code")[0].view(-1))
     GOLDEN.check("offset", done.offset, GOLDEN.of(case, "offset")[0])
     GOLDEN.check("nested_absmax", done.absmax, GOLDEN.of(case, "nested_absmax")[0])
@@ -45,6 +45,13 @@ def test_the_nearest_level(n: int) -> None:
         relative = (scale[part] - scale.mean()) / done.absmax[begin // 256].clamp(min=1e-30)
         best = (relative[:, None] - dynamic_map()).abs().amin(1) * done.absmax[begin // 256]
         torch.testing.assert_close((back[part] - scale[part]).abs(), best, rtol=0, atol=1e-6)
+
+
+def test_levels_by_way_of_a_grid() -> None:
+    scale = torch.rand(4096, generator=torch.Generator().manual_seed(7))
+    plain, grid = nest(scale).codes.int(), nest(scale, grid=65535).codes.int()
+    assert 0 < int((plain != grid).sum()) < 20 and int((plain - grid).abs().max()) == 1
+    assert nest(torch.full((5,), 3.0), grid=65535).codes.tolist() == [0] * 5
 
 
 def test_constant_scales_come_back() -> None:

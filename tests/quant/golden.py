@@ -75,9 +75,9 @@ def official_scales(x: Tensor, scheme: Scheme, name: str = "tensor") -> tuple[Te
     top, half = scheme.element.levels - 1, scheme.element.levels // 2
     for r, row in enumerate(rows):
         if not bool((row != 0).any()):
-            scale[r], shifted = 2 / top, round(top / 2)
+            scale[r] = 2 / top
             if zero is not None:
-                zero[r] = shifted
+                zero[r] = (1 / scale[r]).round()  # in float32: 3, 7, 127 of 3, 4, 8 bits
         elif scheme.zero == "none" and bool((row >= 0).all()):
             steps = int(affine.MSE_SHRINK * affine.MSE_GRID) if scheme.scale.rule == "mse" else 1
             candidates = torch.tensor([1 - i / affine.MSE_GRID for i in range(steps)]) * row.max() / top

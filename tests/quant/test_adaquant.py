@@ -136,6 +136,13 @@ def off(model: nn.Module, teacher: nn.Module, x: Tensor) -> float:
         return float((model(x) - teacher(x)).norm() / teacher(x).norm())
 
 
+def test_the_first_range_of_inputs_averages_before_it_takes_in_zero() -> None:
+    span, low = input_range(torch.tensor([[1.0, 2.0], [-3.0, 1.0]]))
+    assert (float(span), float(low)) == (2.5, -1.0)
+    span, low = input_range(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert (float(span), float(low)) == (3.0, 0.0)
+
+
 def test_the_equation() -> None:
     torch.manual_seed(0)
     x, span, low, b = torch.randn(30), 2.0, -0.7, 3

@@ -77,10 +77,10 @@ def run_vector(case: Case) -> dict[str, Tensor] | NotImplementedType:
         )  # fmt: skip
     returned["output"] = solved.dequantize(scheme).view_as(W)
     if "scale" in case:  # of groups the official code keeps the last
-        returned["scale"] = solved.scale[:, -1:]
+        returned["scale"] = solved.scale[:, -1:].expand(len(W), 1)  # repeated there where all rows share it
     if "zero" in case:
         symmetric = torch.full_like(solved.scale[:, -1:], 2.0 ** (args["bits"] - 1))
-        returned["zero"] = symmetric if solved.zero is None else solved.zero[:, -1:]
+        returned["zero"] = (symmetric if solved.zero is None else solved.zero[:, -1:]).expand(len(W), 1)
     return returned
 
 

@@ -59,7 +59,8 @@ def run_vector(case: Case) -> dict[str, Tensor]:
     stored = int8_rows(weight)
     floats = weight if case.args.get("has_fp16_weights") else None
     bias = case.array("bias") if "bias" in case else None
-    output = int8_linear(x, stored.codes, stored.absmax, bias, threshold, outlier_weight=floats)
+    output = int8_linear(x.flatten(0, -2), stored.codes, stored.absmax, bias, threshold, outlier_weight=floats)
+    output = output.view(*x.shape[:-1], len(weight))
     return {"weight_codes": stored.codes, "weight_row_absmax": stored.absmax, "output": output}
 
 

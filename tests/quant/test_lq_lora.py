@@ -69,7 +69,7 @@ def run_vector(case: Case):
         return {"output": config.quantize(x), "bits_per_weight": torch.tensor(config.bits_per_weight)}
     assert args["svd"] == "exact" and args["returns"] == "last iterate"
     fisher = case.array("fisher") if "fisher" in case else None
-    heuristic = args["fisher_heuristic"]
+    heuristic = {"col": "column"}.get(args["fisher_heuristic"], args["fisher_heuristic"])
     assert (fisher is None) == (heuristic is None)
     found = lq_decompose(
         x, args["rank"], config, fisher, heuristic=heuristic or "two-sided", iterations=args["max_iterations"], keep="last"
@@ -217,3 +217,14 @@ def test_refusals():
     bad[0].weight.data[0, 0] = float("nan")
     with pytest.raises(BadInput, match="0.weight: 1 nan"):
         lq_lora_(bad, 2, SMALL)
+
+
+def test_without_a_heuristic_fisher_counts_in_errors_alone():
+    generator = torch.Generator().manual_seed(2)
+    W, F = torch.randn(16, 64, generator=generator), torch.rand(16, 64, generator=generator)
+    config = NFConfig(3, block=32, scale_block=16)
+    plain = lq_decompose(W, 4, config, iterations=1, oversampling=None)
+    found = lq_decompose(W, 4, config, F, heuristic="none", iterations=1, oversampling=None)
+    torch.testing.assert_close(found.left @ found.right, plain.left @ plain.right)
+    off = W - found.quantized - found.left @ found.right
+    assert found.errors == pytest.approx([float((off * F.sqrt()).norm())])
