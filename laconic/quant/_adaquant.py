@@ -128,17 +128,24 @@ def _scale_and_zero(
 
 
 def row_range(weight: Tensor, dim: int | None = 0) -> tuple[Tensor, Tensor]:
-    """Width and low end of every row's range, 0 included; axes are kept, all but `dim` of size 1, all for None."""
+    """Width and low end of every row's range, 0 included; axes are kept, all but `dim` of size 1, all for None.
+
+    Zeros alone have the width 1.
+    """
     axes = tuple(a for a in range(weight.ndim) if dim is None or a != dim % weight.ndim)
     low = weight.detach().amin(axes, keepdim=True).clamp(max=0)
-    return weight.detach().amax(axes, keepdim=True).clamp(min=0) - low, low
+    return _width(weight.detach().amax(axes, keepdim=True).clamp(min=0) - low), low
 
 
 def input_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Width and low end (1,) of inputs (B, ...): means over examples of each one's extremes, then 0 included."""
     flat = x.detach().flatten(1)
     low = flat.amin(1).mean().clamp(max=0)
-    return (flat.amax(1).mean().clamp(min=0) - low).view(1), low.view(1)
+    return _width(flat.amax(1).mean().clamp(min=0) - low).view(1), low.view(1)
+
+
+def _width(span: Tensor) -> Tensor:
+    return torch.where(span == 0, torch.ones_like(span), span)
 
 
 # --- parametrization and input quantizer ------------------------------------------------------------

@@ -141,6 +141,7 @@ def test_the_first_range_of_inputs_averages_before_it_takes_in_zero() -> None:
     assert (float(span), float(low)) == (2.5, -1.0)
     span, low = input_range(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert (float(span), float(low)) == (3.0, 0.0)
+    assert [float(v) for v in (*input_range(torch.zeros(2, 3)), *row_range(torch.zeros(1, 3)))] == [1, 0, 1, 0]
 
 
 def test_the_equation() -> None:
