@@ -71,19 +71,23 @@ def fit(ground: Ground, costs: Mapping[str, list[float]], ceiling: int) -> Choic
     """The cheapest decision whose exact file fits under the ceiling."""
     fixed = ground.layout({}).total_bytes - sum(u.nbytes for u in ground.packable)
     # Units state an upper bound of their share of the header: what that is too much by is room as well.
-    least = {u.name: u.options[-1] for u in ground.packable}
-    bound = fixed + sum(u.stored(u.options[-1]) for u in ground.packable)
-    room = ceiling - fixed + bound - ground.layout(least).total_bytes
-    for _ in range(8):
-        try:
+    least: Choice = {u.name: u.options[-1] for u in ground.packable}
+    room = ceiling + _stored(ground, least) - ground.layout(least).total_bytes
+    try:
+        for _ in range(8):
             decision = choose(ground.units, dict(costs), room)
-        except Impossible:
-            break
-        excess = ground.layout(decision).total_bytes - ceiling
-        if excess <= 0:
-            return decision
-        room -= excess + 64
-    return least
+            excess = ground.layout(decision).total_bytes - ceiling
+            if excess <= 0:
+                return decision
+            room = min(room - excess - 64, _stored(ground, decision) - 1)  # less than this plan takes, or it comes again
+        return choose(ground.units, dict(costs), ceiling - fixed)  # bounds add up to no less than the file
+    except Impossible:
+        return least
+
+
+def _stored(ground: Ground, decision: Choice) -> int:
+    """Bytes of the parameters that can be packed, an upper bound."""
+    return sum(u.nbytes if (s := decision.get(u.name)) is None else u.stored(s) for u in ground.packable)
 
 
 def fit_within(

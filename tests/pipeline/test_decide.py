@@ -141,6 +141,17 @@ def test_a_plan_from_shapes_alone_fits(uneven):
         assert ground.layout(by_shape(ground, ceiling)).total_bytes <= ceiling
 
 
+def test_a_higher_ceiling_never_gives_a_much_smaller_plan():
+    """Where many units state a little too much each, all that is too much must not push a plan down to the least."""
+    model = nn.Sequential(*(nn.Linear(64, 48, bias=False) if i % 2 else nn.Linear(48, 64, bias=False) for i in range(32)))
+    ground = _ground(resolve(model.eval(), example=torch.zeros(1, 48)), model)
+    whole, least = ground.source.size_before, ground.least()
+    sizes = [ground.layout(by_shape(ground, c)).total_bytes for c in range(least, whole + 2000, (whole - least) // 40)]
+    sizes.append(ground.layout(by_shape(ground, whole)).total_bytes)
+    assert sizes[-1] > 0.9 * whole
+    assert all(later > 0.98 * earlier for earlier, later in zip(sizes[:-1], sizes[1:-1], strict=False)), sizes
+
+
 def test_scales_too_large_for_float16_are_kept_in_float32():
     model = nn.Sequential(nn.Linear(64, 32, bias=False)).eval()
     model[0].weight.data.normal_().mul_(1e8)
