@@ -265,8 +265,22 @@ def _sha256(file: Path) -> str:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
+def is_artifact(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a compressed model of laconic, complete: an artifact, or what `save_pretrained` made of one."""
+    return (Path(folder) / MANIFEST).is_file() or _saved_config(Path(folder)) is not None
+
+
+def _saved_config(folder: Path) -> dict[str, Any] | None:
+    """config.json's words on quantization, in a folder that `save_pretrained` wrote; None in any other."""
+    # An artifact that was not finished has the reader already.
+    if (folder / MANIFEST).is_file() or (folder / READER).is_file() or not (folder / CONFIG).is_file():
+        return None
+    said = read_json(folder / CONFIG).get("quantization_config")
+    return said if isinstance(said, dict) and said.get("quant_method") == METHOD else None
+
+
 def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Manifest:
-    """What a folder's `laconic.json` says, checked.
+    """What a folder's `laconic.json` says, checked; or config.json, which has the records where `save_pretrained` wrote it.
 
     Args:
         folder: an artifact.
@@ -280,12 +294,16 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
     file = folder / MANIFEST
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: give the folder that laconic compress wrote")
-    if not file.is_file():
+    saved = _saved_config(folder)
+    if saved is not None:
+        file, raw = folder / CONFIG, {**saved, "model": {"kind": "transformers"}, "hashes": {}}
+    elif not file.is_file():
         raise BadInput(
             f"{folder} holds no {MANIFEST}: it is no artifact of laconic, or one that was not finished (run "
             "laconic compress again with --resume)"
         )
-    raw = read_json(file)
+    else:
+        raw = read_json(file)
     if not isinstance(raw.get("version"), int):
         raise BadInput(f"{file} lacks its version: it was changed or cut short, copy it again")
     if raw["version"] != VERSION:
@@ -300,8 +318,9 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
     records = records_from_json(raw.get("records"), file)
     manifest = Manifest(folder, records, model, raw.get("ledger") or [], hashes, raw.get("versions") or {})
     if not (folder / SINGLE).is_file():
-        raise BadInput(f"{folder} holds no {SINGLE}: the artifact is incomplete, copy it again")
-    _check_config(manifest)
+        raise BadInput(f"{folder} holds no {SINGLE}: it is incomplete, copy it again, or saved in shards, which are not read")
+    if saved is None:
+        _check_config(manifest)
     if verify:
         _check_hashes(manifest)
     return manifest

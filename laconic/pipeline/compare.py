@@ -16,7 +16,7 @@ from laconic.errors import BadInput, LaconicError
 from laconic.tasks import TASKS, Evaluation, Task, load_task
 from laconic.tasks import compare as compare_evaluations
 
-from .artifact import MANIFEST
+from .artifact import is_artifact
 from .load import load, usable_device
 from .measure import latency_ms, machine, peak_rss, run_batch, versions
 from .observe import innermost_module
@@ -140,7 +140,7 @@ class _Opened:
 
 def _open(model: Any, skeleton_of: Any, device: torch.device) -> _Opened:
     """A model on a device. An artifact that cannot be built by itself takes its structure from `skeleton_of`."""
-    if isinstance(model, (str, Path)) and (Path(model) / MANIFEST).exists():
+    if isinstance(model, (str, Path)) and is_artifact(model):
         size = (Path(model) / SINGLE).stat().st_size if (Path(model) / SINGLE).is_file() else 0
         try:
             return _Opened(str(model), load(model, device=device), size, None)

@@ -19,7 +19,7 @@ from laconic.errors import BadInput
 from laconic.interop.checkpoints import WRITTEN, checkpoint_of
 from laconic.interop.gguf import Written, export_gguf
 from laconic.interop.graphs import export_onnx, export_torch
-from laconic.pipeline.artifact import CONFIG, MANIFEST, read_json, read_manifest
+from laconic.pipeline.artifact import CONFIG, is_artifact, read_json, read_manifest
 from laconic.pipeline.inference.model import Opened, open_model
 from laconic.pipeline.source_config import model_class, transformers_config
 from laconic.pipeline.source_example import example_inputs
@@ -160,7 +160,7 @@ def _check_target(target: Path, folder: bool, overwrite: bool) -> None:
 
 def _refuse_rewritten(opened: Opened, to: str) -> None:
     """Folded and exchanged norms have no place in a model class of another program."""
-    if opened.folder is None or not (opened.folder / MANIFEST).is_file():
+    if opened.folder is None or not is_artifact(opened.folder):
         return
     for record in read_manifest(opened.folder).records:
         if record.action not in (PACK, FUSE, REWRITE, CACHE):
@@ -172,7 +172,7 @@ def _refuse_rewritten(opened: Opened, to: str) -> None:
 
 def _gather_extras(opened: Opened, folder: Path) -> None:
     """Config and tokenizer of the float model, in a folder of their own."""
-    if opened.folder is not None and (opened.folder / MANIFEST).is_file():
+    if opened.folder is not None and is_artifact(opened.folder):
         copy_extras(opened.folder, folder)
         if (opened.folder / CONFIG).is_file():
             config = read_json(opened.folder / CONFIG)

@@ -18,7 +18,7 @@ from laconic.errors import BadInput
 from laconic.numerics import count_not_finite
 from laconic.tasks import TASKS, own_model
 
-from .artifact import MANIFEST, read_manifest
+from .artifact import is_artifact, read_manifest
 from .source import resolve
 
 
@@ -47,7 +47,7 @@ def inspect(
         BadInput: there is no such model or task, or both were named, or the model's forward fails.
     """
     model = _named(model, task)
-    if isinstance(model, (str, os.PathLike)) and (Path(model) / MANIFEST).is_file():
+    if isinstance(model, (str, os.PathLike)) and is_artifact(model):
         return _of_artifact(Path(model))
     source = resolve(model, example=example, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     net = source.load()
@@ -82,6 +82,8 @@ def inspect(
 def _of_artifact(folder: Path) -> dict[str, Any]:
     """The ledger of an artifact as units."""
     manifest = read_manifest(folder)
+    if "class" not in manifest.model:
+        raise BadInput(f"{folder} was written by save_pretrained, which leaves out the ledger: laconic.save writes one")
     rows = [
         {
             "name": row["name"], "kind": "parameter", "op": "packed" if row["scheme"] else "float", "bytes": row["bytes"],

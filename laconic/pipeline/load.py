@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from laconic.errors import BadInput
 from laconic.nn import packed_specs
 from laconic.pipeline.artifact import (
     CONFIG,
-    MANIFEST,
     RECORDS,
     Manifest,
     check_filled,
+    is_artifact,
     read_json,
     read_manifest,
 )
@@ -73,7 +72,7 @@ def load(
         BadInput: it is no complete artifact, does not fit the model, or the device is not there.
     """
     device = usable_device(device)
-    if into is None and not (Path(folder) / MANIFEST).is_file():
+    if into is None and not is_artifact(folder):
         from laconic.pipeline.source_quantized import quantized_source
 
         source = quantized_source(folder, dtype=dtype, trust_remote_code=trust_remote_code)

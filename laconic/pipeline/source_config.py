@@ -64,6 +64,8 @@ def refuse_quantized(quantization: Any, where: object) -> None:
     fields = quantization if isinstance(quantization, dict) else vars(quantization)
     method = fields.get("quant_method") or fields.get("quant_type") or "an unnamed method"
     method = getattr(method, "value", method)
+    if method == "laconic":
+        raise BadInput(f"{where} is already compressed by laconic: give the original model, or use laconic.load")
     opens = "; laconic.load and laconic run open it as it is" if method in METHODS else ""
     raise BadInput(f"{where} is already quantized by another tool ({method}): give the original float model{opens}")
 

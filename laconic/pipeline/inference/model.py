@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from laconic.errors import BadInput, LaconicError
-from laconic.pipeline.artifact import CONFIG, MANIFEST
+from laconic.pipeline.artifact import CONFIG, is_artifact
 from laconic.pipeline.load import load, usable_device
 from laconic.pipeline.observe import innermost_module
 from laconic.pipeline.source import Source, resolve
@@ -102,7 +102,7 @@ def open_model(
     if folder is not None:
         _import_class(folder)
     begin = time.perf_counter()
-    if folder is not None and (folder / MANIFEST).exists():
+    if folder is not None and is_artifact(folder):
         source = None if into is None else resolve(into, **options)
         skeleton = None if source is None else source.skeleton()
         found = load(folder, into=skeleton, device=place, trust_remote_code=trust_remote_code)
