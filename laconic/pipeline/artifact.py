@@ -318,7 +318,7 @@ def read_manifest(folder: str | os.PathLike[str], *, verify: bool = False) -> Ma
     records = records_from_json(raw.get("records"), file)
     manifest = Manifest(folder, records, model, raw.get("ledger") or [], hashes, raw.get("versions") or {})
     if not (folder / SINGLE).is_file():
-        raise BadInput(f"{folder} holds no {SINGLE}: it is incomplete, copy it again, or saved in shards, which are not read")
+        raise BadInput(f"{folder} holds no {SINGLE}: the artifact is incomplete, copy it again")
     if saved is None:
         _check_config(manifest)
     if verify:
