@@ -47,7 +47,11 @@ SHARED: dict[str, Given] = {
     ),
     "task": (str | None, typer.Option(help="a task by name; alone it brings its own model"), None),
     "columns": (str | None, typer.Option(help="which column is what, as text=body,label=topic"), None),
-    "budget": (str | None, typer.Option(help='as "size=4x, drop=1"; size=4x by default'), None),
+    "budget": (
+        str | None,
+        typer.Option(help='as "size=4x, drop=1"; size=4x by default, none where --recipe has every scheme written out'),
+        None,
+    ),
     "recipe": (str | None, typer.Option(help="a recipe in YAML, for instance that of an artifact"), None),
     "strategy": (
         str | None,

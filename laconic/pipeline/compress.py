@@ -20,7 +20,7 @@ import torch
 from laconic.errors import BadInput
 from laconic.tasks import Task
 
-from .budget import Budget, parse_budget, parse_bytes
+from .budget import UNBOUNDED, Budget, parse_budget, parse_bytes
 from .distribute import Following, parse_distribute, team_of
 from .interrupt import interruptible
 from .observe import positions
@@ -69,7 +69,7 @@ def compress(
         model: a folder, a fetched name, `module:function`, or an `nn.Module`; None where `task` brings its own.
         data: a file, a folder of images, the name of a task, or something that scores a model. Without data only
             data-free methods are used and no quality is claimed.
-        budget: as `"size=4x, drop=1"`; "size=4x" by default.
+        budget: as `"size=4x, drop=1"`; "size=4x" by default, and none where a recipe has every scheme written out.
         out: folder of the artifact; work goes to `out` + ".partial" until it is complete.
         task: instead of `data`, a task by name or a `Task`.
         columns: which column of the data is what.
@@ -108,7 +108,7 @@ def compress(
         chosen, search, _ram(max_ram), seed, resume, batch, seq, exclude, keep, device, overwrite, min_coverage,
         trust_remote_code, allow_pickle, " ".join(map(shlex.quote, sys.argv)),
     )  # fmt: skip
-    run = Run(options, parse_budget(budget), progress or (lambda stage, done, total: None))
+    run = Run(options, _bounds(budget, chosen), progress or (lambda stage, done, total: None))
     with interruptible(), team_of(place, given) as run.team:
         first = run.team.rank == 0
         workspace = Workspace(out, resume=resume, overwrite=overwrite) if first else Following(out, run.team.rank)
@@ -147,7 +147,7 @@ def plan(
         _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
-    run = Reading(options, parse_budget(budget), lambda stage, done, total: None)
+    run = Reading(options, _bounds(budget, options.recipe), lambda stage, done, total: None)
     has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
@@ -169,6 +169,12 @@ def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
         return load_recipe(recipe), "never"
     named = find_strategy(strategy or "auto")
     return named.recipe, named.search
+
+
+def _bounds(budget: str | Budget | None, recipe: Recipe) -> Budget:
+    """What bounds a run: without a budget nothing does where the recipe has every scheme written out."""
+    written_out = recipe.quantize is not None and recipe.quantize.units is not None
+    return UNBOUNDED if budget is None and written_out else parse_budget(budget)
 
 
 def _ram(value: str | int | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,7 @@ def check_possible(ground: Ground, budget: Budget) -> int | None:
         return None
     least = ground.least()
     if least > ceiling:
-        ratio = ground.source.size_before / least
+        ratio = math.floor(100 * ground.source.size_before / least) / 100  # down: it can be asked for as it is printed
         raise Impossible(
             f"a size of {ceiling:,} bytes cannot be reached for {ground.source.name}: the least is {least:,} bytes "
             f"({ratio:.2f}x smaller), with everything that can be packed at its fewest bits"

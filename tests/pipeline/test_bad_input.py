@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,8 @@ def test_an_impossible_budget_prints_the_least_figure(refused, llama, capsys):
     least = plan(llama, budget="size=2x")["least"]
     said = refused("cannot be reached", llama, "--budget", "size=1000x")
     assert f"{least:,} bytes" in said
+    ratio = re.search(r"\((.*x) smaller\)", said)[1]
+    assert plan(llama, budget=f"size={ratio}")["size_after"] >= least, "what is printed can be asked for"
     # Bars are for terminals: where they are asked for and there is none, the sentence stays the only line.
     assert run_cli(capsys, "compress", "--budget", "size=1000x", "--out", llama.parent / "no", llama) == (2, "", said)
     assert compress(llama, budget=f"size={least}B", out=llama.parent / "least").size_after == least

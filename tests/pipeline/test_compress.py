@@ -14,7 +14,7 @@ from torch import nn
 import laconic
 from laconic.errors import BadInput
 from laconic.pipeline import solve as solve_module
-from laconic.pipeline.compress import compress
+from laconic.pipeline.compress import compress, plan
 from laconic.pipeline.residency import InMemory
 from laconic.pipeline.run import Run
 from laconic.pipeline.source import resolve
@@ -84,6 +84,17 @@ def test_the_same_run_gives_the_same_bytes(classifier, result, tmp_path):
 def test_the_recipe_of_an_artifact_gives_it_again(classifier, result, tmp_path):
     replayed = run(classifier, tmp_path / "again", recipe=result.out / "recipe.yaml")
     assert hashes(replayed.out) == hashes(result.out)
+
+
+def test_without_a_budget_a_recipe_with_every_scheme_is_held_to_none(classifier, tmp_path):
+    model, data = classifier
+    step = {"pass": "quantize", "units": {"enter.weight": "v1/int8/channel/float16/minmax/znone/nearest"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"passes": [step]}))
+    given = {"recipe": tmp_path / "recipe.yaml", "example": torch.zeros(2, 24)}
+    found = compress(model, data, out=tmp_path / "out", **given)
+    assert 1 < found.ratio < 4 and found.exit_code == 0
+    assert plan(model, data, **given)["size_after"] == found.size_after
+    assert compress(model, data, "size=4x", out=tmp_path / "bound", **given).exit_code == 3
 
 
 def test_the_frontier_of_what_was_tried_comes_as_recipes(classifier, result, tmp_path):
