@@ -37,9 +37,22 @@ def tight_heap() -> None:
         mallopt(option, 8 << 20)  # smaller ones are made and dropped by the thousand: keeping those is faster
 
 
+UNSTEADY = 1.5  # quartiles of the same run further apart than this: something else was running
+
+
+class Times(dict[str, float]):
+    """Median milliseconds by name.
+
+    Attributes:
+        spread: the upper quartile over the lower one, of the run that varied most.
+    """
+
+    spread: float = 1.0
+
+
 def latency_ms(
     runs: Mapping[str, Callable[[], Any]], rounds: int = 7, seconds: float = 20.0, at_least: float = 1.0
-) -> dict[str, float]:
+) -> Times:
     """Median milliseconds of each callable; they alternate, so drift of the machine hits all alike.
 
     Args:
@@ -61,7 +74,10 @@ def latency_ms(
         gone = time.perf_counter() - begin
         if (number >= 2 and gone > seconds) or (number >= rounds and gone > at_least):
             break
-    return {name: statistics.median(found) for name, found in times.items()}
+    medians = Times({name: statistics.median(found) for name, found in times.items()})
+    quartiles = [statistics.quantiles(found, n=4, method="inclusive") for found in times.values()]
+    medians.spread = max((high / low for low, _, high in quartiles if low > 0), default=1.0)
+    return medians
 
 
 def run_batch(task: Any, model: nn.Module, batch: Any) -> Tensor:

@@ -11,7 +11,7 @@ from laconic.kernels import native
 from laconic.numerics import Scheme
 from laconic.tasks import Comparison, Evaluation
 
-from .measure import machine, peak_rss, versions
+from .measure import UNSTEADY, machine, peak_rss, versions
 
 if TYPE_CHECKING:
     from .run import Run
@@ -154,9 +154,13 @@ def _time_sentence(latency: dict[str, Any]) -> str:
     before, after = latency["before"], latency["after"]
     if not before:
         return "The float model did not fit in memory: its latency was not measured."
+    busy = ""
+    if latency["spread"] > UNSTEADY:
+        busy = f" Something else was running: of the same model, slow times were {latency['spread']:.1f} times the quick ones."
     if after > 0.98 * before:
-        return f"This model is smaller, not faster: {after / before:.2f} times the float model's time on a batch of {latency['batch']}."
-    return f"{before / after:.2f} times faster than the float model on a batch of {latency['batch']}."
+        slower = f"{after / before:.2f} times the float model's time on a batch of {latency['batch']}."
+        return f"This model is smaller, not faster: {slower}{busy}"
+    return f"{before / after:.2f} times faster than the float model on a batch of {latency['batch']}.{busy}"
 
 
 def _sentence(

@@ -497,4 +497,5 @@ class Run(Deciding):
             "batch": n,
             "seq": self.options.seq,
             "rounds": 7,
+            "spread": found.spread,
         }

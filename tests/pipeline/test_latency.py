@@ -22,6 +22,8 @@ from laconic.pipeline import deciding, reading, timed
 from laconic.pipeline import run as run_module
 from laconic.pipeline.budget import parse_budget
 from laconic.pipeline.compress import compress
+from laconic.pipeline.measure import Times, latency_ms
+from laconic.pipeline.report_record import _time_sentence
 from laconic.pipeline.timing import LayerTimes
 
 from .runs import run_cli, save, token_file
@@ -80,7 +82,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def keep_time(monkeypatch: pytest.MonkeyPatch, clock: Any) -> None:
     """Let a clock of one's own measure, before the decision and after the work."""
     for module in (deciding, run_module):
-        monkeypatch.setattr(module, "latency_ms", clock)
+        monkeypatch.setattr(module, "latency_ms", lambda runs: Times(clock(runs)))
+
+
+def test_a_busy_machine_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third call takes four times as long as the others: medians are those of quick calls, and the report says so."""
+    now, calls = 0.0, 0
+
+    def work() -> None:
+        nonlocal now, calls
+        calls += 1
+        now += 0.4 if calls % 3 == 0 else 0.1
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    found = latency_ms({"after": work, "before": lambda: None}, rounds=12, at_least=0)
+    assert found["after"] == pytest.approx(100) and found.spread == pytest.approx(4, rel=0.3)
+    latency = {"before": 100.0, "after": 50.0, "batch": 1}
+    assert "Something else was running" in _time_sentence({**latency, "spread": found.spread})
+    assert "Something" not in _time_sentence({**latency, "spread": 1.2})
 
 
 def test_inputs_stay_float_where_the_ceiling_allows_it(
