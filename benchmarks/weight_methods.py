@@ -75,6 +75,7 @@ RECORDS = Path(__file__).parent / "records"
 BITS = (8, 4, 3, 2)
 GROUP = 64
 SEED = 0
+GUESSING = 10.0  # nats a token lost: what guessing among tens of thousands of tokens loses
 RANK = 8  # of adapters: at 64 and these widths they would weigh more than what they repair
 INTEGERS = ("group", "row")  # forms of plans that bits are allocated among
 OPERATIONS = ("linear", "conv")  # layers that methods by data look at
@@ -668,7 +669,8 @@ def plot(data: Mapping[str, Any]) -> str:
     def height(plan: Plan) -> float:
         return math.log1p(plan["drop"] / 100) if exponential else plan["drop"]  # of perplexity: nats a token
 
-    plans = [p for p in data["plans"].values() if math.isfinite(p["drop"])]
+    everything = list(data["plans"].values())
+    plans = [p for p in everything if height(p) < (GUESSING if exponential else math.inf)]  # nor is nan
     by_bytes = sorted(plans, key=lambda p: p["bytes"])
     best = frontier([{"size": p["bytes"], "drop": height(p)} for p in plans])
     series = {}
@@ -677,7 +679,10 @@ def plot(data: Mapping[str, Any]) -> str:
             series[name] = mine
     series["best of all"] = [(one["size"] / 1e6, one["drop"]) for one in best]
     up = "nats a token lost" if exponential else f"drop in points of {data['metric']}"
-    return chart(series, f"{data['model']}: weights in {data_bits(plans)} bits", "MB of the file", up, log=True)
+    title = f"{data['model']}: weights in {data_bits(everything)} bits"
+    if gone := len(everything) - len(plans):
+        title += f"; {gone} plans as bad as guessing are not drawn"
+    return chart(series, title, "MB of the file", up, log=True)
 
 
 def data_bits(plans: Iterable[Plan]) -> str:
