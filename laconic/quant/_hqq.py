@@ -13,7 +13,9 @@ Official code: mobiusml/hqq, Apache-2.0. We differ from it: each group stops by 
 zero points start at that of the range, also at 4 bits, where theirs is rounded first; z is tried as it is stored; and steps below
 5e-5 are kept. `half_quadratic` is their loop.
 
-Use it at 4 bits where there are no data. Below, ranges that are shrunk (rule `mse`) lose less.
+Use it for convolutions where there are no data: it loses far less there than rounding to nearest at 3 and 2 bits. What is a
+large error in a few weights counts for little by it, and language models with outliers lose more at 3 bits than to nearest
+(`benchmarks/records` has both).
 
 Example:
     >>> import torch
@@ -103,8 +105,8 @@ CARD = Card(
     family="quant",
     summary="Gives each group of weights a real zero point under which few large errors are left; needs no data.",
     objects={"HQQ": "Pass"},
-    use="At 4 bits, without calibration data.",
-    avoid="Where data are at hand: gptq loses less; below 4 bits, where shrunken ranges lose less.",
+    use="For convolutions at 4 bits and below, without calibration data.",
+    avoid="Where data are at hand: gptq loses less; for language models with outliers below 4 bits, which lose more by it.",
     composes=("fold_batchnorm", "smoothquant", "bias_correction"),
     code="mobiusml/hqq, Apache-2.0",
     claim={
