@@ -23,7 +23,7 @@ from .fidelity import FidelityTask
 from .function import FunctionTask, find_function, is_function_name
 from .inputs import array_inputs, image_inputs, text_inputs
 from .labels import AccuracyTask
-from .language import PerplexityTask
+from .language import PerplexityTask, check_length
 from .own import SELF, own_task
 from .readers import FORMATS, Data, read_data
 from .view import ModelView
@@ -175,7 +175,7 @@ def _perplexity_of_text(
     tokens = torch.tensor([token for row in ids for token in [*row, *end]], dtype=torch.long)
     view.check_ids(tokens, data)
     fitting = min(WINDOW, max(SHORTEST_WINDOW, len(tokens) // AT_LEAST))
-    length = min(seq or fitting, view.positions() or WINDOW)
+    length = _window(data, view, seq) or min(fitting, view.positions() or WINDOW)
     if len(tokens) < AT_LEAST * length:
         raise BadInput(
             f"{data.name} holds {len(tokens)} tokens, too few to split into calibrate, select and verify: "
@@ -195,6 +195,17 @@ def _perplexity_of_text(
     if data.labels is not None:
         task.notes.append(f"the labels of {data.name} are not used: {view.name} is a language model")
     return task
+
+
+def _window(data: Data, view: ModelView, seq: int | None) -> int | None:
+    """The length of a window that the user asks for, if it is one that this model can be measured on."""
+    if seq is None:
+        return None
+    most = view.positions()
+    if most is not None and seq > most:
+        raise BadInput(f"seq is {seq}, and {view.name} reads at most {most} tokens: take a seq of {most} at most")
+    check_length(data.name, seq)
+    return seq
 
 
 def _beginning(tokenizer: Any) -> list[int]:
