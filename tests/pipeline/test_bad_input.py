@@ -215,6 +215,7 @@ def test_a_forward_that_fails_on_the_data_is_named_with_its_place(tmp_path):
     [
         ("small", "does not parse at 'small'"), ("size=", "does not parse"), ("size=4y", "is no size"),
         ("size=0x", "above zero"), ("size=-4x", "above zero"), ("size=nanx", "above zero"),
+        ("drop=-1", "a finite number of zero or more"),
         ("size=infx", "finite"), ("size=4x,size=20MB", "bounds size twice"), ("speed=2x", "names 'speed'"),
         ("drop=lots", "does not parse at 'drop=lots'"), ("", "is empty"), (",", "is empty"),
         ("latency=2x", "a latency is measured on data"), ("memory=8KB", "the least is"),
@@ -242,6 +243,22 @@ def test_the_least_figure_counts_folded_batch_norms(tmp_path):
     options = {"example": entry.example(model)}
     least = plan(model, budget="size=1.01x", **options)["least"]
     assert compress(model, budget=f"size={least}B", out=tmp_path / "o", **options).size_after == least
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"budget": 4}, r"a budget is a text or a Budget, not 4 \(int\): write it like"),
+        ({"data": torch.zeros(3, 24)}, "data is a file, .*, not a Tensor: save arrays"),
+        ({"recipe": {"passes": []}}, "a recipe is a Recipe or a YAML file, not a dict"),
+        ({"batch": 0}, "batch must be at least 1, not 0"), ({"seq": 0}, "seq must be at least 1, not 0"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind(tmp_path, given, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        compress(nn.Linear(24, 64), example=torch.zeros(3, 24), out=tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- everything else ------------------------------------------------------------------------------
