@@ -153,6 +153,7 @@ def plan(
     has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
+    run.example_from_data(source, data if data is not None else task, columns)
     ground = run.ground_on_meta(source)
     run.ceiling = check_possible(ground, run.budget)
     run.plan_cache(ground, has_data)

@@ -20,7 +20,7 @@ from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress, plan
 from tests.zoo import ZOO
 
-from .runs import run_cli, save, token_file
+from .runs import hashes, run_cli, save, token_file, trained_classifier
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,18 @@ def test_two_copies_of_one_tied_weight(refused, tmp_path):
 def test_a_plain_module_without_an_example(tmp_path):
     with pytest.raises(BadInput, match="how to call it is not known"):
         compress(nn.Linear(64, 64), out=tmp_path / "out")
+    with pytest.raises(BadInput, match="how to call it is not known.*NPZ file of its inputs"):
+        compress(nn.Linear(64, 64), lambda model: 1.0, out=tmp_path / "out")  # a function that scores, without batches
+
+
+def test_a_plain_module_is_called_as_its_data_are(tmp_path):
+    model, data = trained_classifier(tmp_path)
+    named = compress(model, data, "size=4x", out=tmp_path / "out")
+    assert named.record["drop"] is not None and named.record["coverage"] > 0.5
+    given = compress(model, data, "size=4x", example=torch.zeros(2, 24), out=tmp_path / "given")
+    assert hashes(named.out) == hashes(given.out)
+    units = [{k: row[k] for k in ("name", "scheme")} for row in plan(model, data, "size=4x")["units"]]
+    assert units == [{k: row[k] for k in ("name", "scheme")} for row in plan(model, data, "size=4x", example=torch.zeros(2, 24))["units"]]
 
 
 # --- the data -------------------------------------------------------------------------------------
