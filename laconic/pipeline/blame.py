@@ -426,7 +426,8 @@ def _measured(mixed: _Mixed, culprits: list[_Culprit], seed: int) -> dict[str, A
         repaired = mixed.evaluate({one.unit.name: one.scheme})
         without, with_ = (compare_evaluations(reference, e, metric, seed).drop for e in (packed, repaired))
         gained = compare_evaluations(repaired, packed, metric, seed)
-        against = metric.against_float  # such scores are of a model against the float one, not against each other
+        # Scores against the float model are not against each other.
+        low, high = (None, None) if metric.against_float else gained.span
         rows.append(
             {
                 "name": one.unit.name, "scheme": str(mixed.decision[one.unit.name]),
@@ -435,11 +436,12 @@ def _measured(mixed: _Mixed, culprits: list[_Culprit], seed: int) -> dict[str, A
                     "scheme": None if one.scheme is None else str(one.scheme),
                     "bits": 8 * one.unit.dtype.itemsize if one.scheme is None else one.scheme.bits,
                     "bytes": one.bytes, "share": one.back / mixed.whole, "points": without - with_,
-                    "low": None if against else gained.low, "high": None if against else gained.high,
+                    "low": low, "high": high,
                 },
             }
         )  # fmt: skip
-    return {"drop": whole.drop, "low": whole.low, "high": whole.high, "n": whole.n, "culprits": rows}
+    low, high = whole.span
+    return {"drop": whole.drop, "low": low, "high": high, "n": whole.n, "culprits": rows}
 
 
 def _sentence(one: Mapping[str, Any], unit: str) -> str:

@@ -61,6 +61,8 @@ def parse_budget(text: str | Budget | None) -> Budget:
         return Budget(size_ratio=4.0, text="size=4x")
     if isinstance(text, Budget):
         return text
+    if not isinstance(text, str):
+        raise BadInput(f"a budget is a text or a Budget, not {text!r} ({type(text).__name__}): {HELP}")
     found: dict[str, object] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = (s.strip() for s in part.partition("="))
@@ -102,5 +104,6 @@ def _positive(value: str, text: str, part: str, zero: bool = False) -> float:
     except ValueError:
         raise BadInput(f"the budget {text!r} does not parse at {part!r}: {HELP}") from None
     if not (number > 0 or (zero and number == 0)) or number == float("inf"):
-        raise BadInput(f"the budget {text!r} has {part!r}, which must be a finite number above zero")
+        least = "of zero or more" if zero else "above zero"
+        raise BadInput(f"the budget {text!r} has {part!r}, which must be a finite number {least}")
     return number

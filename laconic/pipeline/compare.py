@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from laconic.errors import BadInput, LaconicError
+from laconic.report.record import clean
 from laconic.tasks import TASKS, Evaluation, Task, load_task
 from laconic.tasks import compare as compare_evaluations
 
@@ -69,12 +70,13 @@ def compare(
         )
     task = load_task(task if data is None else data, source, columns, seed, batch=batch, seq=seq)
     before = _evaluate(task, first, lambda d, t: show("first", d, t))
+    task.check_float(before, "verify", first.name)
     after = _evaluate(task, second, lambda d, t: show("second", d, t))
     found = compare_evaluations(before, after, task.metric, seed)
     n = batch or 1
     times = _latencies(task, first.model, second.model, n, seq, place)
     unit = "points" if task.metric.bounded else "%"
-    return {
+    record = {
         "version": 1, "command": " ".join(sys.argv), "seed": seed,
         "verdict": {"met": None, "certified": None, "exit_code": 0, "sentence": f"{second.name} against {first.name}"},
         "model": {
@@ -88,7 +90,7 @@ def compare(
         "before": {"size": first.size, "value": found.before, "latency_ms": times["before"], "peak_rss": None, "name": first.name},
         "after": {"size": second.size, "value": found.after, "latency_ms": times["after"], "peak_rss": None, "name": second.name},
         "ratio": first.size / second.size if second.size else None, "drop": found.drop, "drop_low": found.low,
-        "drop_high": found.high, "flips": found.flips,
+        "drop_high": found.high, "flips": found.flips if before.answers else None,
         "also": {name: [before.also.get(name), value] for name, value in after.also.items()},
         "latency": {
             "batch": n, "seq": seq, "threads": machine()["threads"], "rounds": 7, "sentence": "",
@@ -99,6 +101,7 @@ def compare(
         "tried": [], "units": [], "ledger": [], "ledger_header": None, "ledger_padding": None, "changed": [], "notes": task.notes,
         "machine": machine(), "versions": versions(), "kernels": {}, "out": None, "report": None,
     }  # fmt: skip
+    return clean(record)
 
 
 def _evaluate(task: Task, opened: _Opened, progress: Callable[[int, int], None]) -> Evaluation:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from laconic.errors import BadInput
-from laconic.tasks import Task
+from laconic.tasks import Task, check_counts
 
 from .budget import UNBOUNDED, Budget, parse_budget, parse_bytes
 from .distribute import Following, parse_distribute, team_of
@@ -99,6 +99,7 @@ def compress(
     given = {name: value for name, value in locals().items() if name not in ("distribute", "progress")}
     place = parse_distribute(distribute)
     _check_device(device)
+    check_counts(batch=batch, seq=seq, threads=threads)
     if place is not None and device != "cpu":
         raise BadInput("processes share work on the CPU so far: leave distribute or the device out")
     if threads:
@@ -143,6 +144,7 @@ def plan(
     Raises:
         Impossible: the budget is out of reach; the message has the least figure.
     """
+    check_counts(batch=batch, seq=seq)
     options = Options(
         _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
@@ -151,6 +153,7 @@ def plan(
     has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
+    run.example_from_data(source, data if data is not None else task, columns)
     ground = run.ground_on_meta(source)
     run.ceiling = check_possible(ground, run.budget)
     run.plan_cache(ground, has_data)

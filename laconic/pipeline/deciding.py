@@ -352,7 +352,7 @@ class Deciding(Reading):
         """The float model on the select split, once."""
         assert self.task is not None
         if self._select_before is None:
-            self._select_before = self.task.evaluate(self.ground.model, "select")
+            self._select_before = self.task.evaluate_float(self.ground.model, "select")
         names = {n for u in self.ground.units for n in u.names}
         self._old_biases = {
             n: p.detach().clone() for n, p in self.ground.model.named_parameters() if n in names and p.dim() == 1
@@ -393,9 +393,12 @@ class Deciding(Reading):
         if one not in self.tried:  # the chosen recipe is solved again after others were tried
             self.tried.append(one)
 
-    def interval(self, found: Comparison) -> tuple[float, float]:
-        """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three)."""
-        low, high = found.low, found.high
+    def interval(self, found: Comparison) -> tuple[float | None, float | None]:
+        """The interval; where nothing changed at all, zero changes in n examples still allow about 3/n (rule of three).
+
+        One number has none, and neither has an infinite drop.
+        """
+        low, high = found.span
         metric = self.task.metric if self.task else None
         if metric is not None and metric.bounded and not metric.against_float and low == high == 0.0:
             high = 300.0 / found.n

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from laconic.core.units import Unit
 from laconic.errors import BadInput
 from laconic.nn.packed import _is_experts
 from laconic.tasks import Task
@@ -27,11 +28,11 @@ from .measure import run_batch
 from .observe import positions
 from .plan import Ground
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
-from .tryout import fit
+from .tryout import Choice, fit
 
 __all__ = ["examine"]
 
-DRAWS, DRAWN = 3, 1024  # draws of the calibrate split, and positions of each
+DRAWS, DRAWN = 3, 1024  # draws of the calibrate split, and about how many positions each has where there are enough
 AGREE = 0.9  # of the elements whose bits must not depend on the draw
 
 
@@ -110,6 +111,12 @@ def _experts(model: nn.Module, task: Task, batches: Sequence[Any]) -> Seen:
     return Seen("experts", "fine", said)
 
 
+def _bits(unit: Unit, plan: Choice) -> float:
+    """Bits that a plan gives an element of a parameter, whatever its groups; those of a float where it is left alone."""
+    scheme = plan.get(unit.name)
+    return scheme.bits if scheme is not None else 8 * unit.dtype.itemsize
+
+
 def _draws(run: Reading, ground: Ground, task: Task) -> Seen:
     """Whether plans from several draws of the data give parameters the same bits."""
     batches = run.batches("calibrate", DRAWS * DRAWN, batch=2)
@@ -126,9 +133,11 @@ def _draws(run: Reading, ground: Ground, task: Task) -> Seen:
         costs = option_costs(lambda unit: ground.model.get_parameter(unit.name), weights, ground.units)
         plans.append(fit(ground, costs, ceiling))
     total = sum(u.numel for u in ground.packable)
-    same = sum(u.numel for u in ground.packable if len({str(plan.get(u.name)) for plan in plans}) == 1)
+    same = sum(u.numel for u in ground.packable if len({_bits(u, plan) for plan in plans}) == 1)
     share = same / max(1, total)
-    said = f"three draws of {DRAWN:,} positions give {100 * share:.0f} % of the elements the same bits"
+    drawn = sorted({sum(positions(one) for one in part) for part in parts})
+    each = f"{drawn[0]:,}" if len(drawn) == 1 else f"{drawn[0]:,} to {drawn[-1]:,}"
+    said = f"three draws of {each} positions give {100 * share:.0f} % of the elements the same bits"
     if share < AGREE:
         return Seen("draw", "warning", f"{said}: the plan depends on which examples were drawn; give more of them")
     return Seen("draw", "fine", said)

@@ -460,7 +460,8 @@ def _compared(
         found = compare_evaluations(evaluations[0], evaluations[1], task.metric, seed)
         record["metric"] = task.metric.name
         record["before"]["value"], record["after"]["value"] = found.before, found.after
-        record |= {"drop": found.drop, "drop_low": found.low, "drop_high": found.high}
+        low, high = found.span
+        record |= {"drop": found.drop, "drop_low": low, "drop_high": high}
     return record
 
 

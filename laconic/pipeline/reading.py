@@ -21,6 +21,7 @@ from laconic.errors import BadInput, LaconicError
 from laconic.norm import FoldBatchNorm
 from laconic.numerics import Scheme
 from laconic.tasks import Task, load_task, own_model
+from laconic.tasks.base import call_arguments, inputs_on
 
 from . import interrupt
 from .budget import Budget
@@ -34,6 +35,7 @@ from .plan import RUNTIME, Ground, check_possible, other_tensors
 from .recipe import Recipe
 from .source import Source, check_finite, resolve
 from .source_base import all_tensors
+from .source_module import ModuleSource
 from .strategies import Searching
 from .stream import check_weights
 from .tryout import Choice
@@ -95,6 +97,7 @@ class Reading:
         self.check_budget(data is not None)
         with self.stage("read"):
             source = self.find_source(model, data, example)
+            self.example_from_data(source, data, columns)
             meta = self.ground_on_meta(source)
             streamed = self._must_stream(meta)
             if streamed and meta.folded:  # folding needs the values of whole layers
@@ -103,8 +106,7 @@ class Reading:
             self.plan_cache(meta, data is not None)
             self.fixed(meta)
             if data is not None:
-                o = self.options
-                self.task = load_task(data, source, columns, o.seed, batch=o.batch, seq=o.seq)
+                self.task = self.task or self._load_task(data, source, columns)
                 self.notes += self.task.notes
                 self._look(source, meta)
             if streamed:
@@ -113,6 +115,20 @@ class Reading:
             self.ground.streamed = streamed
         if self.task is not None and not streamed:
             self._try_forward()
+
+    def _load_task(self, data: Any, source: Source, columns: Mapping[str, str] | None) -> Task:
+        o = self.options
+        return load_task(data, source, columns, o.seed, batch=o.batch, seq=o.seq)
+
+    def example_from_data(self, source: Source, data: Any, columns: Mapping[str, str] | None) -> None:
+        """Trace a plain module that came without an example with the data's first inputs, where there are some."""
+        if data is None or not isinstance(source, ModuleSource) or not source.lacks_example:
+            return
+        self.task = self._load_task(data, source, columns)
+        first = self.batches("calibrate", 1, batch=2, limit=2)
+        if first:
+            with inputs_on("cpu"):
+                source.take_example(call_arguments(source.skeleton(), first[0]))
 
     def _look(self, source: Source, meta: Ground) -> None:
         """Say what is wrong with the examples before anything is calibrated on them."""

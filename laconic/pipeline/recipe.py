@@ -263,6 +263,10 @@ def load_recipe(recipe: Recipe | str | os.PathLike[str] | None) -> Recipe:
         return Recipe()
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, (str, os.PathLike)):
+        raise BadInput(
+            f"a recipe is a Recipe or a YAML file, not a {type(recipe).__name__}: Recipe.model_validate makes one of a dict"
+        )
     path = Path(recipe)
     try:
         data: Any = yaml.safe_load(path.read_text())

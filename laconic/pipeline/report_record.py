@@ -44,8 +44,8 @@ def build_record(
     memory = run.memory.to_json(run.size_after, run.cache) if run.memory is not None else None
     memory_ok = memory is None or bool(memory["met"])
     met = bool(size_ok and drop_ok and latency_ok and memory_ok)
-    certified = None if budget.drop is None or high is None else bool(
-        size_ok and latency_ok and memory_ok and high <= budget.drop
+    certified = None if budget.drop is None or found is None else bool(
+        high is not None and size_ok and latency_ok and memory_ok and high <= budget.drop
     )
     ratio = ground.source.size_before / run.size_after
     model = ground.model
@@ -80,7 +80,7 @@ def build_record(
             "latency_ms": latency["after"] if latency else None, "peak_rss": None,
         },
         "ratio": ratio, "drop": found.drop if found else None, "drop_low": low, "drop_high": high,
-        "flips": found.flips if found else None,
+        "flips": found.flips if found and before is not None and before.answers else None,
         "also": {} if before is None or after is None else {
             name: [before.also.get(name), value] for name, value in after.also.items()
         },
@@ -168,8 +168,11 @@ def _sentence(
     met: bool, certified: bool | None, ceiling: float | None,
 ) -> str:  # fmt: skip
     text = f"{ratio:.2f} times smaller"
-    if found is not None and low is not None and high is not None:
-        text += f", drop {found.drop:.2f} {unit} (95 %: {low:.2f} to {high:.2f})"
+    if found is not None and not math.isfinite(found.drop):
+        text += f", its score is {found.after} where it was {found.before:.4g}"
+    elif found is not None:
+        text += f", drop {found.drop:.2f} {unit}"
+        text += f" (95 %: {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     elif ceiling is None:
         text += ", quality not measured" if found is None else ""
     if not met:

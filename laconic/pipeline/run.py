@@ -276,7 +276,7 @@ class Run(Deciding):
         if self.task is not None and "verify" in self.task.splits and self.before is None:
             with self.stage("verify float"):
                 report = lambda d, t: self.progress("verify float", d, t)  # noqa: E731
-                self.before = self.task.evaluate(self.ground.model, "verify", report)
+                self.before = self.task.evaluate_float(self.ground.model, "verify", report)
         chosen = [u for u in self.ground.packable if decision.get(u.name) is not None]
         batches = self.batches("calibrate", 1, batch=8)
         self.histograms = histograms(self.ground.model, self.task, chosen, batches)
@@ -434,7 +434,7 @@ class Run(Deciding):
 
     def _verify(self, decision: Choice, records: list[Record], share: float, method: str) -> Result:
         """Load what was written, compare it with the float model, report."""
-        from laconic.report import write_report
+        from laconic.report import clean, write_report
 
         from .load import load
         from .report_record import build_record
@@ -456,6 +456,7 @@ class Run(Deciding):
         record = build_record(self, workspace, decision, records, share, found, after, latency)
         record["seconds"] = {"total": time.perf_counter() - self.begin, "stages": self.seconds}
         record["peak_rss_bytes"] = peak_rss()
+        record = clean(record)
         write_report(record, workspace.partial / "report.html")
         workspace.write_json("report.json", record)
         interrupt.check()

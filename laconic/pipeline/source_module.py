@@ -82,6 +82,15 @@ class ModuleSource(Source):
         """A copy of rows of a tensor on the CPU."""
         return self._store.read(name, start, stop)
 
+    @property
+    def lacks_example(self) -> bool:
+        """Whether it is not known how to call the model: a plain module without an example."""
+        return self._example is None and self.config is None
+
+    def take_example(self, example: Example) -> None:
+        """Trace with these arguments from now on."""
+        self._example = example
+
     def example(self) -> Example:
         """The example that was given, else tiny inputs by modality for a transformers model."""
         if self._example is not None:
@@ -89,7 +98,7 @@ class ModuleSource(Source):
         if self.config is None:
             raise BadInput(
                 f"{self.name} is a plain nn.Module and how to call it is not known: let module:function "
-                "return (model, example), or give data"
+                "return (model, example), or compress it with an NPZ file of its inputs as the data"
             )
         return example_inputs(type(self._model), self.config)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from laconic.core.checkpoint import write_whole
 from laconic.errors import BadInput
+from laconic.report.record import clean
 
 from . import interrupt
 
@@ -83,8 +84,8 @@ class Workspace:
             return None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the run whole or not at all."""
-        text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
+        """Write a JSON file of the run whole or not at all; what is not finite becomes `null`, which JSON has."""
+        text = json.dumps(clean(value), indent=1, sort_keys=True, allow_nan=False) + "\n"
         write_whole(self.partial / name, text.encode())
 
     def load(self, key: str) -> dict[str, Tensor] | None:

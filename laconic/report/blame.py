@@ -12,7 +12,7 @@ __all__ = ["blame_lines"]
 
 def blame_lines(record: Mapping) -> RenderableType:
     """What the whole costs, and a line for each culprit, worst first: names of parameters are too long for a table."""
-    span = f" (95 %: {record['low']:.2f} to {record['high']:.2f})"
+    span = "" if record["low"] is None else f" (95 %: {record['low']:.2f} to {record['high']:.2f})"
     lines = [
         f"{record['artifact']} against {record['model']}: {record['drop']:.2f} {record['unit']} of {record['metric']}{span}, "
         f"on {record['n']} examples of the {record['split']} split",

@@ -16,6 +16,7 @@ from . import text
 __all__ = ["Row", "badges", "before_after", "clean", "get", "time_sentence", "unit_of", "verdict_sentence"]
 
 NOT_MEASURED = "not measured"
+NO_NUMBER = "no number any more"
 NOISE = 0.03  # of a latency: less than this is "as fast"
 
 
@@ -156,7 +157,8 @@ def before_after(record: Mapping) -> list[Row]:
 def _drop(record: Mapping) -> str:
     """The drop with its interval."""
     if record.get("drop") is None:
-        return NOT_MEASURED
+        was, now = get(record, "before", "value"), get(record, "after", "value")
+        return NO_NUMBER if was is not None and now is None else NOT_MEASURED
     spread = text.interval(record.get("drop_low"), record.get("drop_high"))
     return f"drop {text.drop(record['drop'], unit_of(record))}" + (f" ({spread})" if spread else "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import SPLITS, Task
 from .bundled import TASKS, own_model
-from .data import load_task
+from .data import check_counts, load_task
 from .fetch import BUNDLES, PACKAGES, cache_folder, fetch, fetch_package, is_fetched
 from .metrics import ACCURACY, FIDELITY, PERPLEXITY, Comparison, Evaluation, Metric, compare, pair
 from .zoo import MODELS, zoo_source
@@ -23,6 +23,7 @@ __all__ = [
     "Metric",
     "Task",
     "cache_folder",
+    "check_counts",
     "compare",
     "fetch",
     "fetch_package",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,6 +108,24 @@ class Task(ABC):
         with evaluating(model):
             found = self.measure(model, split, progress)
         return found if reference is None else pair(reference, found, self.metric)
+
+    def evaluate_float(self, model: nn.Module, split: str, progress: Progress | None = None) -> Evaluation:
+        """Score the float model, which every other is held against: its score has to be a number.
+
+        Raises:
+            BadInput: it is NaN or infinite.
+        """
+        found = self.evaluate(model, split, progress)
+        self.check_float(found, split)
+        return found
+
+    def check_float(self, found: Evaluation, split: str, model: str = "the float model") -> None:
+        """Refuse a score that is no number, of the model that others are held against, as `evaluate_float` does."""
+        if not math.isfinite(found.value):
+            raise BadInput(
+                f"{self.id} returned {found.value} for {model} on the {split} split, and nothing can be held "
+                "against that: its score must be a finite number"
+            )
 
     def outputs(self, model: nn.Module, split: str, progress: Progress | None = None) -> Iterator[tuple[Batch, Tensor]]:
         """Run a model over a split without gradients: pairs of (batch, output on the CPU in float32)."""

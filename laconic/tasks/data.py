@@ -23,12 +23,12 @@ from .fidelity import FidelityTask
 from .function import FunctionTask, find_function, is_function_name
 from .inputs import array_inputs, image_inputs, text_inputs
 from .labels import AccuracyTask
-from .language import PerplexityTask
+from .language import PerplexityTask, check_length
 from .own import SELF, own_task
 from .readers import FORMATS, Data, read_data
 from .view import ModelView
 
-__all__ = ["TASKS", "load_task"]
+__all__ = ["TASKS", "check_counts", "load_task"]
 
 AT_LEAST = 10  # examples, or windows of text
 SHARES = {"calibrate": 0.2, "select": 0.2, "verify": 0.6}
@@ -66,13 +66,16 @@ def load_task(
     Raises:
         BadInput: with one sentence on what is wrong with the data, or with the two together.
     """
-    for name, value in (("batch", batch), ("seq", seq)):
-        if value is not None and value < 1:
-            raise BadInput(f"{name} must be at least 1, not {value}")
+    check_counts(batch=batch, seq=seq)
     if isinstance(data, Task):
         return data
     if callable(data):
         return FunctionTask(getattr(data, "__name__", "the function"), data, seed=seed, batch=batch or 32)
+    if not isinstance(data, (str, os.PathLike)):
+        raise BadInput(
+            f"data is a file, a folder of images, a task or a function that scores a model, not a {type(data).__name__}: "
+            "save arrays with numpy.savez and name the file"
+        )
     text, path = os.fspath(data), Path(data).expanduser()
     if text == SELF:
         _no_columns(columns, text)
@@ -91,6 +94,17 @@ def load_task(
         f"{text} is no data: there is no such file, and it is not one of the tasks {', '.join(TASKS)}; "
         f"data is {FORMATS}, a task's name, module:function, or self: examples that the model makes"
     )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse a count that is given and below one.
+
+    Raises:
+        BadInput: naming it.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise BadInput(f"{name} must be at least 1, not {value}")
 
 
 def _no_columns(columns: Mapping[str, str] | None, name: str) -> None:
@@ -175,7 +189,7 @@ def _perplexity_of_text(
     tokens = torch.tensor([token for row in ids for token in [*row, *end]], dtype=torch.long)
     view.check_ids(tokens, data)
     fitting = min(WINDOW, max(SHORTEST_WINDOW, len(tokens) // AT_LEAST))
-    length = min(seq or fitting, view.positions() or WINDOW)
+    length = _window(data, view, seq) or min(fitting, view.positions() or WINDOW)
     if len(tokens) < AT_LEAST * length:
         raise BadInput(
             f"{data.name} holds {len(tokens)} tokens, too few to split into calibrate, select and verify: "
@@ -195,6 +209,17 @@ def _perplexity_of_text(
     if data.labels is not None:
         task.notes.append(f"the labels of {data.name} are not used: {view.name} is a language model")
     return task
+
+
+def _window(data: Data, view: ModelView, seq: int | None) -> int | None:
+    """The length of a window that the user asks for, if it is one that this model can be measured on."""
+    if seq is None:
+        return None
+    most = view.positions()
+    if most is not None and seq > most:
+        raise BadInput(f"seq is {seq}, and {view.name} reads at most {most} tokens: take a seq of {most} at most")
+    check_length(data.name, seq)
+    return seq
 
 
 def _beginning(tokenizer: Any) -> list[int]:

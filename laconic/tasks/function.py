@@ -133,6 +133,8 @@ class FunctionTask(Task):
         if isinstance(found, torch.Tensor):
             found = found.detach().cpu()
         try:
+            if found is None:  # which numpy takes for NaN
+                raise TypeError
             scores = np.atleast_1d(np.asarray(found, np.float64))
         except (TypeError, ValueError) as error:
             raise BadInput(

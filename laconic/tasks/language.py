@@ -20,7 +20,7 @@ from laconic.errors import BadInput
 from .base import Batch, Progress, Task, short
 from .metrics import PERPLEXITY, Evaluation
 
-__all__ = ["PerplexityTask", "spread_windows", "window_losses"]
+__all__ = ["PerplexityTask", "check_length", "spread_windows", "window_losses"]
 
 LOGIT_BYTES = 128 << 20  # what a batch's logits may take in float32
 
@@ -41,6 +41,19 @@ def window_losses(logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> tu
         losses.append((F.cross_entropy(row, target, reduction="none") * count).sum())
         right.append(((row.argmax(-1) == target) * count).sum())
     return torch.stack(losses), counts.sum(1), torch.stack(right)
+
+
+def check_length(name: str, length: int) -> None:
+    """Refuse windows in which no token comes after another.
+
+    Raises:
+        BadInput: fewer than two tokens.
+    """
+    if length < 2:
+        raise BadInput(
+            f"{name}: in windows of {length} token there is nothing to predict: take a seq of 2 at least, and "
+            "examples as long"
+        )
 
 
 def spread_windows(tokens: np.ndarray, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
@@ -67,6 +80,9 @@ class PerplexityTask(Task):
         tokenizer: turns tokens back into text for the report, or None.
         masks: per split, (n, L), 0 at padding; None where every window is full.
         vocabulary: rows of the model's logits, which bound a batch's memory; None if unknown.
+
+    Raises:
+        BadInput: the windows have fewer than two tokens.
     """
 
     def __init__(
@@ -82,6 +98,7 @@ class PerplexityTask(Task):
         batch: int | None = None,
     ):
         self.length = next(iter(windows.values())).shape[1]
+        check_length(id, self.length)
         fitting = LOGIT_BYTES // (4 * self.length * (vocabulary or 32_768))
         super().__init__(
             id, PERPLEXITY, model_name=model_name, seed=seed, batch=batch or max(1, min(32, fitting))
@@ -97,9 +114,10 @@ class PerplexityTask(Task):
         """Windows; a smaller `seq` cuts each into pieces of that length (what is left over is dropped)."""
         if seq is not None and seq > self.length:
             raise BadInput(
-                f"the task {self.id} has windows of {self.length} tokens; load it with seq={seq} for longer "
-                "ones"
+                f"the task {self.id} has windows of {self.length} tokens, fewer than seq={seq}: take a seq of "
+                f"{self.length} at most"
             )
+        check_length(self.id, self.length if seq is None else seq)
         rows = {"input_ids": self.windows[split]}
         if self.masks is not None:
             rows["attention_mask"] = self.masks[split]

@@ -102,6 +102,12 @@ class Comparison:
     before: float
     after: float
 
+    @property
+    def span(self) -> tuple[float | None, float | None]:
+        """The interval, where it has one that can be shown: one number has none, and neither has an infinite drop."""
+        known = math.isfinite(self.low) and math.isfinite(self.high)
+        return (self.low, self.high) if known else (None, None)
+
 
 def pair(before: Evaluation, after: Evaluation, metric: Metric) -> Evaluation:
     """Score `after` against the outputs of `before`, a_i = cos(y_i, y'_i); with other metrics change nothing.

@@ -21,7 +21,7 @@ from laconic.pipeline import workspace as workspace_module
 from laconic.pipeline.compress import compress, plan
 from tests.zoo import ZOO
 
-from .runs import run_cli, save, token_file
+from .runs import hashes, run_cli, save, token_file, trained_classifier
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,18 @@ def test_two_copies_of_one_tied_weight(refused, tmp_path):
 def test_a_plain_module_without_an_example(tmp_path):
     with pytest.raises(BadInput, match="how to call it is not known"):
         compress(nn.Linear(64, 64), out=tmp_path / "out")
+    with pytest.raises(BadInput, match="how to call it is not known.*NPZ file of its inputs"):
+        compress(nn.Linear(64, 64), lambda model: 1.0, out=tmp_path / "out")  # a function that scores, without batches
+
+
+def test_a_plain_module_is_called_as_its_data_are(tmp_path):
+    model, data = trained_classifier(tmp_path)
+    named = compress(model, data, "size=4x", out=tmp_path / "out")
+    assert named.record["drop"] is not None and named.record["coverage"] > 0.5
+    given = compress(model, data, "size=4x", example=torch.zeros(2, 24), out=tmp_path / "given")
+    assert hashes(named.out) == hashes(given.out)
+    units = [{k: row[k] for k in ("name", "scheme")} for row in plan(model, data, "size=4x")["units"]]
+    assert units == [{k: row[k] for k in ("name", "scheme")} for row in plan(model, data, "size=4x", example=torch.zeros(2, 24))["units"]]
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -216,6 +228,7 @@ def test_a_forward_that_fails_on_the_data_is_named_with_its_place(tmp_path):
     [
         ("small", "does not parse at 'small'"), ("size=", "does not parse"), ("size=4y", "is no size"),
         ("size=0x", "above zero"), ("size=-4x", "above zero"), ("size=nanx", "above zero"),
+        ("drop=-1", "a finite number of zero or more"),
         ("size=infx", "finite"), ("size=4x,size=20MB", "bounds size twice"), ("speed=2x", "names 'speed'"),
         ("drop=lots", "does not parse at 'drop=lots'"), ("", "is empty"), (",", "is empty"),
         ("latency=2x", "a latency is measured on data"), ("memory=8KB", "the least is"),
@@ -245,6 +258,22 @@ def test_the_least_figure_counts_folded_batch_norms(tmp_path):
     options = {"example": entry.example(model)}
     least = plan(model, budget="size=1.01x", **options)["least"]
     assert compress(model, budget=f"size={least}B", out=tmp_path / "o", **options).size_after == least
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"budget": 4}, r"a budget is a text or a Budget, not 4 \(int\): write it like"),
+        ({"data": torch.zeros(3, 24)}, "data is a file, .*, not a Tensor: save arrays"),
+        ({"recipe": {"passes": []}}, "a recipe is a Recipe or a YAML file, not a dict"),
+        ({"batch": 0}, "batch must be at least 1, not 0"), ({"seq": 0}, "seq must be at least 1, not 0"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind(tmp_path, given, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        compress(nn.Linear(24, 64), example=torch.zeros(3, 24), out=tmp_path / "out", **given)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- everything else ------------------------------------------------------------------------------

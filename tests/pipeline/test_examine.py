@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from laconic.errors import BadInput
+from laconic.numerics import Scheme
+from laconic.pipeline import examine as examine_module
 from laconic.pipeline.compress import compress
 from laconic.pipeline.examine import examine
 from laconic.pipeline.look import look
+from laconic.pipeline.plan import Ground
 from tests.pipeline.runs import run_cli, save, token_file
 from tests.zoo import ZOO
 
@@ -45,6 +48,22 @@ def test_good_data_has_nothing_to_warn_of(llama: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     assert "elements the same bits" in said(record, "draw")
     json.dumps(record)
+
+
+def test_draws_say_the_positions_that_they_have_and_compare_bits(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 rows the calibrate split has 12 of 16 tokens, six batches of two; groups may differ, bits may not."""
+    widths = iter((32, 64, 128))
+
+    def fit(ground: Ground, costs: object, ceiling: int) -> dict[str, Scheme]:
+        group = next(widths)
+        return {u.name: Scheme.parse(f"v1/int4/group{group}/float16/minmax/zreal/nearest") for u in ground.packable}
+
+    monkeypatch.setattr(examine_module, "fit", fit)
+    record = examine(llama, token_file(tmp_path / "x.npz"))
+    assert said(record, "draw") == "three draws of 64 positions give 100 % of the elements the same bits"
+    assert states(record)["draw"] == "fine"
 
 
 def test_examples_that_come_twice_and_those_that_judge(llama: Path, tmp_path: Path) -> None:

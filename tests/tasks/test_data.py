@@ -165,6 +165,17 @@ def test_text_for_a_language_model_makes_a_perplexity_task(tmp_path, ending):
     assert torch.equal(again.windows["verify"], task.windows["verify"])
 
 
+@pytest.mark.parametrize(
+    ("seq", "sentence"),
+    [(1, "d.txt: in windows of 1 token there is nothing to predict"), (65, "reads at most 64 tokens: take a seq of 64")],
+)
+def test_windows_that_a_language_model_cannot_be_measured_on(tmp_path, seq, sentence):
+    (tmp_path / "d.txt").write_text("\n".join(sentences(120)))
+    model = llama()
+    model.config.max_position_embeddings = 64
+    assert sentence in refusal(tmp_path / "d.txt", with_tokenizer(model, tmp_path), seq=seq)
+
+
 def test_text_is_cut_to_the_length_asked(tmp_path):
     (tmp_path / "d.txt").write_text("\n".join(sentences(20)))
     task = load_task(tmp_path / "d.txt", with_tokenizer(bert(), tmp_path), seq=4)

@@ -61,8 +61,15 @@ def test_windows_are_cut_shorter_but_not_longer():
     pieces = task.rows("verify", 5)["input_ids"]
     assert pieces.shape == (10, 5)
     assert torch.equal(pieces[:2].flatten(), task.windows["verify"][0, :10])
-    with pytest.raises(BadInput, match="windows of 12 tokens; load it with seq=13"):
+    with pytest.raises(BadInput, match="windows of 12 tokens, fewer than seq=13: take a seq of 12 at most"):
         task.batches("verify", seq=13)
+
+
+def test_windows_in_which_nothing_follows_are_refused():
+    with pytest.raises(BadInput, match="t: in windows of 1 token there is nothing to predict: take a seq of 2"):
+        PerplexityTask("t", {split: ids[:, :1] for split, ids in windows().items()})
+    with pytest.raises(BadInput, match="nothing to predict"):
+        PerplexityTask("t", windows()).batches("verify", seq=1)
 
 
 def test_batch_is_bounded_by_the_logits():
