@@ -93,7 +93,7 @@ def compress(
         progress: is called with (stage, done, total).
 
     Raises:
-        BadInput: something given cannot be worked with; nothing was written.
+        BadInput: something given cannot be worked with, or a strategy needs data that are not there; nothing was written.
         Impossible: the budget is out of reach of the model's shapes; nothing was written.
     """
     given = {name: value for name, value in locals().items() if name not in ("distribute", "progress")}
@@ -103,7 +103,7 @@ def compress(
         raise BadInput("processes share work on the CPU so far: leave distribute or the device out")
     if threads:
         torch.set_num_threads(threads)
-    chosen, search = _recipe(recipe, strategy)
+    chosen, search = _recipe(recipe, strategy, data is not None or task is not None)
     options = Options(
         chosen, search, _ram(max_ram), seed, resume, batch, seq, exclude, keep, device, overwrite, min_coverage,
         trust_remote_code, allow_pickle, " ".join(map(shlex.quote, sys.argv)),
@@ -143,12 +143,12 @@ def plan(
     Raises:
         Impossible: the budget is out of reach; the message has the least figure.
     """
+    has_data = data is not None or task is not None
     options = Options(
-        _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
+        _recipe(recipe, strategy, has_data)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
     run = Reading(options, parse_budget(budget), lambda stage, done, total: None)
-    has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
     ground = run.ground_on_meta(source)
@@ -159,7 +159,7 @@ def plan(
     return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
 
 
-def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
+def _recipe(recipe: Any, strategy: str | None, has_data: bool) -> tuple[Recipe, Searching]:
     """The passes, and whether others are tried."""
     if recipe is not None:
         if strategy is not None:
@@ -167,7 +167,7 @@ def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
                 "both a recipe and a strategy were given: a strategy is a recipe by name, so give one of them"
             )
         return load_recipe(recipe), "never"
-    named = find_strategy(strategy or "auto")
+    named = find_strategy(strategy or "auto", has_data)
     return named.recipe, named.search
 
 
