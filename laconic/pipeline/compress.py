@@ -24,13 +24,14 @@ from .budget import Budget, parse_budget, parse_bytes
 from .distribute import Following, parse_distribute, team_of
 from .interrupt import interruptible
 from .observe import positions
-from .plan import check_possible, plan_record
+from .orders import check_allocation, uniform
+from .plan import Ground, check_possible, plan_record
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .recipe import Recipe, load_recipe
 from .run import Result, Run
 from .strategies import Searching
 from .strategies import strategy as find_strategy
-from .tryout import by_shape
+from .tryout import Choice, by_shape
 from .workspace import Workspace
 
 __all__ = ["Result", "compress", "plan", "positions"]
@@ -141,6 +142,7 @@ def plan(
     """What `compress` would do, from shapes alone: sizes, memory, time, kernel and reason per unit. Writes nothing.
 
     Raises:
+        BadInput: what `compress` would refuse from shapes alone.
         Impossible: the budget is out of reach; the message has the least figure.
     """
     has_data = data is not None or task is not None
@@ -154,9 +156,32 @@ def plan(
     ground = run.ground_on_meta(source)
     run.ceiling = check_possible(ground, run.budget)
     run.plan_cache(ground, has_data)
-    ceiling, fixed = run.ceiling, run.fixed(ground)
-    decision = fixed or by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
-    return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
+    ground.streamed = run.must_stream(ground)
+    decision = run.fixed(ground) or _by_shape(run, ground, has_data)
+    found = plan_record(ground, run.budget, run.ceiling, decision, CALIBRATION_TOKENS if has_data else 0)
+    found["notes"] += run.notes
+    return found
+
+
+def _by_shape(run: Reading, ground: Ground, has_data: bool) -> Choice:
+    """The decision that a plan shows: the recipe's own where shapes are enough for it, else by shapes, with a note.
+
+    Raises:
+        BadInput: the recipe gives out bits in a way that lacks what it needs.
+    """
+    step = run.recipe.quantize
+    if step is None:
+        return {}
+    check_allocation(ground, step.allocate, run.budget, has_data)
+    ceiling = run.ceiling if run.ceiling is not None else ground.source.size_before // 4
+    if step.allocate == "uniform":
+        return uniform(ground, ceiling)
+    if step.allocate != "program":
+        run.note(
+            f"allocate: {step.allocate} decides by what it measures on the data: the bits shown are those that shapes "
+            "alone would give"
+        )
+    return by_shape(ground, ceiling)
 
 
 def _recipe(recipe: Any, strategy: str | None, has_data: bool) -> tuple[Recipe, Searching]:

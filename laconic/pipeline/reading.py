@@ -96,7 +96,7 @@ class Reading:
         with self.stage("read"):
             source = self.find_source(model, data, example)
             meta = self.ground_on_meta(source)
-            streamed = self._must_stream(meta)
+            streamed = self.must_stream(meta)
             if streamed and meta.folded:  # folding needs the values of whole layers
                 meta = self._ground(source, source.skeleton())
             self.ceiling = check_possible(meta, self.budget)
@@ -218,7 +218,12 @@ class Reading:
                 folded.append((layer, said["norm"]))
         return folded
 
-    def _must_stream(self, meta: Ground) -> bool:
+    def must_stream(self, meta: Ground) -> bool:
+        """Whether the float model does not fit under --max-ram.
+
+        Raises:
+            BadInput: nothing fits, or a budget needs the float model whole.
+        """
         bound = self.options.max_ram
         if bound is None:
             return False

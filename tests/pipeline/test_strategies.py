@@ -326,6 +326,33 @@ def test_ways_to_give_out_bits_say_what_they_need(llama, classifier, tmp_path):
         compress(folder, None, "size=4x", out=tmp_path / "o", recipe=strategy("layer_bits").recipe)
 
 
+def test_a_plan_refuses_what_a_run_refuses(llama, classifier, capsys):
+    folder, data = llama
+    model, examples = classifier
+    with pytest.raises(BadInput, match="give data, and a drop"):
+        plan(folder, data, "size=5x", strategy="hessian_interlayer")
+    with pytest.raises(BadInput, match="needs a chain of blocks, which Classifier has not"):
+        plan(model, examples, "size=4x", strategy="layer_bits", example=torch.zeros(1, 24))
+    with pytest.raises(BadInput, match="there is no data"):
+        plan(folder, None, "size=4x", recipe=strategy("layer_bits").recipe)
+    with pytest.raises(BadInput, match="knows no milliseconds"):
+        plan(folder, data, "size=4x, latency=2x", strategy="uniform")
+    with pytest.raises(BadInput, match="--max-ram is"):
+        plan(folder, data, max_ram="1MB")
+    code, _, said = run_cli(capsys, "plan", folder, "--data", data, "--strategy", "hessian_interlayer")
+    assert code == 2 and "give data, and a drop" in said
+
+
+def test_a_plan_says_where_bits_are_found_by_measuring(llama):
+    folder, data = llama
+    for name, budget in (("layer_bits", "size=5x"), ("hessian_interlayer", "drop=1")):
+        (said,) = [n for n in plan(folder, data, budget, strategy=name)["notes"] if n.startswith("allocate:")]
+        assert "decides by what it measures on the data" in said
+    alike = plan(folder, data, "size=5x", strategy="uniform")
+    assert not any(n.startswith("allocate:") for n in alike["notes"])
+    assert len({unit["bits"] for unit in alike["units"] if unit["bits"]}) == 1
+
+
 def test_the_command_line_lists_every_strategy():
     assert tuple(STRATEGIES) == cli.STRATEGIES
 
