@@ -158,8 +158,12 @@ def plan(
     run.plan_cache(ground, has_data)
     ground.streamed = run.must_stream(ground)
     decision = run.fixed(ground) or _by_shape(run, ground, has_data)
+    if run.memory is not None and run.memory.measures(has_data, run.budget.drop):
+        run.note("the cache shown is the one that shapes alone would give: compress measures what each cache loses")
     found = plan_record(ground, run.budget, run.ceiling, decision, CALIBRATION_TOKENS if has_data else 0)
     found["notes"] += run.notes
+    if run.memory is not None:
+        found["memory"] = run.memory.to_json(found["size_after"], run.memory.even())
     return found
 
 

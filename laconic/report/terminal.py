@@ -54,6 +54,8 @@ def summary_table(record: Mapping) -> RenderableType:
     sentence = time_sentence(record)
     if sentence:
         parts.append(Text(sentence))
+    if within := text.memory(get(record, "budget", "memory")):
+        parts.append(Text(f"Weights and cache: {within}."))
     facts = []
     if record.get("coverage") is not None:
         facts.append(f"{text.amount(100 * record['coverage'], 4)} % of the elements are stored in fewer bits")
