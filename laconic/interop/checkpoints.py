@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import BadInput
-from laconic.kernels.inputs import INT8_TOKENS
 from laconic.nn import packed_specs
 from laconic.nn.packed import Packed
 
@@ -159,6 +158,7 @@ class Checkpoint:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 _INPUTS = "inputs that are rounded to 8 bits here stay float in this form"
+_ROUND_INPUTS = ("compressed-tensors", "int-quantized")  # forms that hold it, by tokens or by one static scale
 _Write = Callable[[QuantizedMatrix, torch.dtype], dict[str, Tensor] | str]
 _Config = Callable[[Mapping[str, QuantizedMatrix], list[str]], dict[str, Any]]
 
@@ -217,8 +217,7 @@ def checkpoint_of(model: nn.Module, to: str) -> tuple[dict[str, Tensor], dict[st
             tensors |= {f"{path}.{ending}": value for ending, value in found.items()}
             layers[path] = matrix
             written.rows.append({"name": name, "type": to, "exact": True})
-            kept = matrix.inputs == INT8_TOKENS and to in ("compressed-tensors", "int-quantized")
-            if matrix.inputs and not kept and _INPUTS not in written.notes:
+            if matrix.inputs and to not in _ROUND_INPUTS and _INPUTS not in written.notes:
                 written.notes.append(_INPUTS)
             continue
         written.notes.append(f"{name} is written as floats: {why or found}")

@@ -24,13 +24,14 @@ from .budget import UNBOUNDED, Budget, parse_budget, parse_bytes
 from .distribute import Following, parse_distribute, team_of
 from .interrupt import interruptible
 from .observe import positions
-from .plan import check_possible, plan_record
+from .orders import check_allocation, uniform
+from .plan import Ground, check_possible, plan_record
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .recipe import Recipe, load_recipe
 from .run import Result, Run
 from .strategies import Searching
 from .strategies import strategy as find_strategy
-from .tryout import by_shape
+from .tryout import Choice, by_shape
 from .workspace import Workspace
 
 __all__ = ["Result", "compress", "plan", "positions"]
@@ -93,7 +94,7 @@ def compress(
         progress: is called with (stage, done, total).
 
     Raises:
-        BadInput: something given cannot be worked with; nothing was written.
+        BadInput: something given cannot be worked with, or a strategy needs data that are not there; nothing was written.
         Impossible: the budget is out of reach of the model's shapes; nothing was written.
     """
     given = {name: value for name, value in locals().items() if name not in ("distribute", "progress")}
@@ -104,7 +105,7 @@ def compress(
         raise BadInput("processes share work on the CPU so far: leave distribute or the device out")
     if threads:
         torch.set_num_threads(threads)
-    chosen, search = _recipe(recipe, strategy)
+    chosen, search = _recipe(recipe, strategy, data is not None or task is not None)
     options = Options(
         chosen, search, _ram(max_ram), seed, resume, batch, seq, exclude, keep, device, overwrite, min_coverage,
         trust_remote_code, allow_pickle, " ".join(map(shlex.quote, sys.argv)),
@@ -142,27 +143,55 @@ def plan(
     """What `compress` would do, from shapes alone: sizes, memory, time, kernel and reason per unit. Writes nothing.
 
     Raises:
+        BadInput: what `compress` would refuse from shapes alone.
         Impossible: the budget is out of reach; the message has the least figure.
     """
     check_counts(batch=batch, seq=seq)
+    has_data = data is not None or task is not None
     options = Options(
-        _recipe(recipe, strategy)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
+        _recipe(recipe, strategy, has_data)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
     run = Reading(options, _bounds(budget, options.recipe), lambda stage, done, total: None)
-    has_data = data is not None or task is not None
     run.check_budget(has_data)
     source = run.find_source(model, data if data is not None else task, example)
     run.example_from_data(source, data if data is not None else task, columns)
     ground = run.ground_on_meta(source)
     run.ceiling = check_possible(ground, run.budget)
     run.plan_cache(ground, has_data)
-    ceiling, fixed = run.ceiling, run.fixed(ground)
-    decision = fixed or by_shape(ground, ceiling if ceiling is not None else source.size_before // 4)
-    return plan_record(ground, run.budget, ceiling, decision, CALIBRATION_TOKENS if data or task else 0)
+    ground.streamed = run.must_stream(ground)
+    decision = run.fixed(ground) or _by_shape(run, ground, has_data)
+    if run.memory is not None and run.memory.measures(has_data, run.budget.drop):
+        run.note("the cache shown is the one that shapes alone would give: compress measures what each cache loses")
+    found = plan_record(ground, run.budget, run.ceiling, decision, CALIBRATION_TOKENS if has_data else 0)
+    found["notes"] += run.notes
+    if run.memory is not None:
+        found["memory"] = run.memory.to_json(found["size_after"], run.memory.even())
+    return found
 
 
-def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
+def _by_shape(run: Reading, ground: Ground, has_data: bool) -> Choice:
+    """The decision that a plan shows: the recipe's own where shapes are enough for it, else by shapes, with a note.
+
+    Raises:
+        BadInput: the recipe gives out bits in a way that lacks what it needs.
+    """
+    step = run.recipe.quantize
+    if step is None:
+        return {}
+    check_allocation(ground, step.allocate, run.budget, has_data)
+    ceiling = run.ceiling if run.ceiling is not None else ground.source.size_before // 4
+    if step.allocate == "uniform":
+        return uniform(ground, ceiling)
+    if step.allocate != "program":
+        run.note(
+            f"allocate: {step.allocate} decides by what it measures on the data: the bits shown are those that shapes "
+            "alone would give"
+        )
+    return by_shape(ground, ceiling)
+
+
+def _recipe(recipe: Any, strategy: str | None, has_data: bool) -> tuple[Recipe, Searching]:
     """The passes, and whether others are tried."""
     if recipe is not None:
         if strategy is not None:
@@ -170,7 +199,7 @@ def _recipe(recipe: Any, strategy: str | None) -> tuple[Recipe, Searching]:
                 "both a recipe and a strategy were given: a strategy is a recipe by name, so give one of them"
             )
         return load_recipe(recipe), "never"
-    named = find_strategy(strategy or "auto")
+    named = find_strategy(strategy or "auto", has_data)
     return named.recipe, named.search
 
 

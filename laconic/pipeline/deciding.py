@@ -30,7 +30,7 @@ from .distribute import Team
 from .explain import explain
 from .measure import latency_ms, machine, run_batch
 from .observe import data_digest, input_scales, rounded_inputs
-from .orders import bisected, by_blocks, sensitivity_order, uniform
+from .orders import bisected, by_blocks, check_allocation, sensitivity_order, uniform
 from .plan import Ground, check_possible
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .recipe import LEARNED, Inputs, Recipe
@@ -197,20 +197,15 @@ class Deciding(Reading):
     def _in_order(self, how: str) -> Choice:
         """Bits by another way than the integer program."""
         ground = self.ground
-        if ground.streamed:
-            raise BadInput(
-                f"allocate: {how} needs the model in memory, and it does not fit under --max-ram: say program"
-            )
-        if self.budget.latency:
-            raise BadInput(f"allocate: {how} knows no milliseconds: say program, or leave latency out of the budget")
         ceiling = self.ceiling if self.ceiling is not None else ground.source.size_before // 4
         batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
+        measures = how != "bisect" or (self.task is not None and "select" in self.task.splits)
+        check_allocation(ground, how, self.budget, bool(batches) and measures)
         if how == "uniform":
             return uniform(ground, ceiling)
         if how == "blocks":
             return by_blocks(ground, self.task, batches, ceiling)
-        if self.budget.drop is None or self.task is None or "select" not in self.task.splits or not batches:
-            raise BadInput("allocate: bisect measures whether a drop holds: give data, and a drop in the budget")
+        assert self.task is not None and self.budget.drop is not None
         self._select_float()
         order = sensitivity_order(ground, self.task, batches[:1], self.options.seed)
         return bisected(

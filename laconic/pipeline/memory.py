@@ -79,15 +79,18 @@ class Memory:
                 return options
         return found[-1]
 
+    def measures(self, has_data: bool, drop: float | None) -> bool:
+        """Whether the cache to take is found by measuring, and not from shapes alone."""
+        return has_data and drop is not None and len(self.candidates) > 1
+
     def choose(
         self, model: Any, task: Task | None, drop: float | None, before: Callable[[], Evaluation], progress: Any = None
     ) -> CacheOptions | None:
         """The cache to take; what was measured for it stays in `rows`."""
         found = self.candidates
-        if len(found) == 1:
-            return found[0]
-        if task is None or drop is None or "select" not in task.splits:
+        if task is None or not self.measures("select" in task.splits, drop):
             return self.even()
+        assert drop is not None
         chosen, self.rows = choose_cache(
             model, task, "select", found, SHARE * drop, tokens=self.tokens, batch=self.batch, before=before(),
             progress=progress,

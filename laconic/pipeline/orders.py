@@ -23,12 +23,13 @@ from laconic.errors import BadInput, Impossible
 from laconic.numerics import Scheme
 from laconic.quant import InterlayerSensitivity, LayerBits
 
+from .budget import Budget
 from .observe import arguments
 from .plan import Ground
 from .solve import inside
 from .tryout import Choice, rounded
 
-__all__ = ["bisected", "by_blocks", "sensitivity_order", "uniform"]
+__all__ = ["bisected", "by_blocks", "check_allocation", "sensitivity_order", "uniform"]
 
 # A trace of a layer is a mean over draws, and each costs a second backward pass through the model.
 DRAWS, BESIDE = 4, 2
@@ -44,6 +45,32 @@ def _widths(ground: Ground) -> list[int]:
     return sorted({s.bits for u in ground.packable for s in u.options}, reverse=True)
 
 
+def check_allocation(ground: Ground, how: str, budget: Budget, has_data: bool) -> None:
+    """Refuse a way to give out bits that lacks what it needs; from shapes alone, so that a plan refuses as a run does.
+
+    Args:
+        ground: the model, on meta or not.
+        how: `allocate` of a recipe.
+        budget: that is to be kept.
+        has_data: whether there are data (of a run: for what `how` measures).
+
+    Raises:
+        BadInput: it cannot be done; the message names what it needs.
+    """
+    if how == "program":
+        return
+    if ground.streamed:
+        raise BadInput(f"allocate: {how} needs the model in memory, and it does not fit under --max-ram: say program")
+    if budget.latency:
+        raise BadInput(f"allocate: {how} knows no milliseconds: say program, or leave latency out of the budget")
+    if how == "blocks" and not has_data:
+        raise BadInput("allocate: blocks ranks blocks by what passes through them, and there is no data: say program")
+    if how == "blocks" and not ground.structure.blocks:
+        raise BadInput(f"allocate: blocks needs a chain of blocks, which {ground.source.name} has not: say program")
+    if how == "bisect" and (budget.drop is None or not has_data):
+        raise BadInput("allocate: bisect measures whether a drop holds: give data, and a drop in the budget")
+
+
 def uniform(ground: Ground, ceiling: int) -> Choice:
     """The most bits for every parameter alike whose exact file fits: in the finest groups of a width, then in the coarsest."""
     ways = [(bits, finest) for bits in _widths(ground) for finest in (True, False)]
@@ -53,16 +80,9 @@ def uniform(ground: Ground, ceiling: int) -> Choice:
 def by_blocks(ground: Ground, task: Any, batches: Sequence[Any], ceiling: int) -> Choice:
     """Whole blocks in fewer bits until the exact file fits: each in its turn one step down before any goes two.
 
-    Parameters outside of the blocks go after them in each turn.
-
-    Raises:
-        BadInput: there is no data, or the model has no chain of blocks.
+    Parameters outside of the blocks go after them in each turn. `check_allocation` says whether it can be done.
     """
-    if not batches:
-        raise BadInput("allocate: blocks ranks blocks by what passes through them, and there is no data: say program")
     blocks = ground.structure.blocks
-    if not blocks:
-        raise BadInput(f"allocate: blocks needs a chain of blocks, which {ground.source.name} has not: say program")
     calls = [arguments(ground.model, task, batch) for batch in batches]
     table = LayerBits(blocks)(ground.model, calls).table
     ranked = sorted(table, key=lambda row: row["lim"])

@@ -99,7 +99,7 @@ class Reading:
             source = self.find_source(model, data, example)
             self.example_from_data(source, data, columns)
             meta = self.ground_on_meta(source)
-            streamed = self._must_stream(meta)
+            streamed = self.must_stream(meta)
             if streamed and meta.folded:  # folding needs the values of whole layers
                 meta = self._ground(source, source.skeleton())
             self.ceiling = check_possible(meta, self.budget)
@@ -234,7 +234,12 @@ class Reading:
                 folded.append((layer, said["norm"]))
         return folded
 
-    def _must_stream(self, meta: Ground) -> bool:
+    def must_stream(self, meta: Ground) -> bool:
+        """Whether the float model does not fit under --max-ram.
+
+        Raises:
+            BadInput: nothing fits, or a budget needs the float model whole.
+        """
         bound = self.options.max_ram
         if bound is None:
             return False

@@ -136,7 +136,7 @@ class OtherGgufSource(ModuleSource):
                 f"{file} cannot be loaded by transformers {transformers.__version__}: {first_line(error)}"
             ) from error
         _forget_quantization(model)
-        super().__init__(model, name=file.parent.resolve().name)
+        super().__init__(model, name=file.stem)  # a folder may hold several files
         self.file = file
         self.size_before = file.stat().st_size
         self.notes.append(f"{file.name} was dequantized to float32; size_before is the file's own size")

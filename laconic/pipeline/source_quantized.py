@@ -118,6 +118,7 @@ class GgufSource(QuantizedSource):
         cls = model_class(file, raw, config, False)
         self.file = file
         self._build(file.parent, raw, config, cls, store, dtype or torch.float32)
+        self.name = file.stem  # a folder may hold several files
         self.notes.append(
             f"{file.name} was dequantized to float32 where floats were asked for; size_before is the file's own size"
         )

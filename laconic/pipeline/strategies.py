@@ -40,11 +40,13 @@ class Strategy:
         summary: what it does, in a line.
         recipe: its passes.
         search: whether other recipes are tried beside it: where the drop of the budget is "missed", "always" or "never".
+        data: whether without data it would be another method, so that it is refused.
     """
 
     summary: str
     recipe: Recipe
     search: Searching = "never"
+    data: bool = False
 
 
 def _recipe(quantize: Quantize, *further: Step) -> Recipe:
@@ -68,39 +70,53 @@ STRATEGIES: dict[str, Strategy] = {
         "gptq, awq, rotate, rsq, norm_tweak, genie and adaquant, whichever loses least here", Recipe(), "always"
     ),
     "rtn": Strategy("to nearest; needs no data", _by("rtn")),
-    "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe()),
-    "awq": Strategy("columns that meet large inputs scaled up, ranges clipped", _by("awq", AWQ())),
+    "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe(), data=True),
+    "awq": Strategy("columns that meet large inputs scaled up, ranges clipped", _by("awq", AWQ()), data=True),
     "smoothquant": Strategy(
         "outliers moved from activations into weights, both in integers",
         _recipe(Quantize(method="rtn", inputs="int8"), SmoothQuant()),
+        data=True,
     ),
-    "rotate": Strategy("activations turned by Hadamard matrices, then gptq", _by("gptq", Rotate(), BiasCorrection())),
-    "rsq": Strategy("turned, then gptq with tokens counted by the attention they get", _by("rsq", Rotate())),
-    "norm_tweak": Strategy("gptq, then each block's norms trained", _by("gptq", NormTweak())),
-    "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant")),
-    "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie")),
+    "rotate": Strategy(
+        "activations turned by Hadamard matrices, then gptq", _by("gptq", Rotate(), BiasCorrection()), data=True
+    ),
+    "rsq": Strategy("turned, then gptq with tokens counted by the attention they get", _by("rsq", Rotate()), data=True),
+    "norm_tweak": Strategy("gptq, then each block's norms trained", _by("gptq", NormTweak()), data=True),
+    "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant"), data=True),
+    "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie"), data=True),
     "hqq": Strategy(
         "to nearest, zero points at 4 bits and below solved for; needs no data", _recipe(Quantize(method="rtn", schemes=HQQ))
     ),
     "nf4": Strategy("4-bit NormalFloat, as qlora; needs no data", _recipe(Quantize(method="rtn", schemes=[NF4]))),
-    "uniform": Strategy("gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection())),
+    "uniform": Strategy(
+        "gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection()), data=True
+    ),
     "layer_bits": Strategy(
         "gptq with whole blocks of fewer bits, the least important first",
         _recipe(Quantize(allocate="blocks"), BiasCorrection()),
+        data=True,
     ),
     "hessian_interlayer": Strategy(
         "gptq with bits bisected along an order of sensitivity; needs a drop",
         _recipe(Quantize(allocate="bisect"), BiasCorrection()),
+        data=True,
     ),
 }
 
 
-def strategy(name: str) -> Strategy:
-    """The strategy of this name.
+def strategy(name: str, has_data: bool = True) -> Strategy:
+    """The strategy of this name, for a run with data or without.
 
     Raises:
-        BadInput: there is none; the message lists them.
+        BadInput: there is none; the message lists them. Or it needs data, and there are none.
     """
     if name not in STRATEGIES:
         raise BadInput(f"{name!r} is no strategy: there are {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    found = STRATEGIES[name]
+    if found.data and not has_data:
+        *others, last = [other for other, one in STRATEGIES.items() if not one.data and one.search == "never"]
+        raise BadInput(
+            f"the strategy {name} needs data: pass --data, --task or --data self, or take {', '.join(others)} or {last}, "
+            "which need none"
+        )
+    return found

@@ -109,6 +109,7 @@ def _context(record: Mapping) -> dict[str, Any]:
         "worst": figures[:WORST],
         "figures": figures[WORST:],
         "changed_open": CHANGED,
+        "changed_of": _changed_of(record),
         "total": ledger.total(record),
         "schemes": [(text.scheme(s), s) for s in ledger.schemes(record)],
         "left_alone": ledger.left_alone(record),
@@ -118,6 +119,12 @@ def _context(record: Mapping) -> dict[str, Any]:
         "versions": _flat(record.get("versions")),
         "kernels": _flat(record.get("kernels")),
     }
+
+
+def _changed_of(record: Mapping) -> int | None:
+    """How many answers changed, where the record holds only the first of them; None where it holds all."""
+    flips = record.get("flips")
+    return flips if flips is not None and flips > len(record.get("changed") or []) else None
 
 
 def render_report(record: Mapping) -> str:

@@ -79,6 +79,7 @@ def _headline(plan: Mapping) -> Table:
     rows = [
         ("Size after", size),
         ("Least reachable", least),
+        ("Weights and cache", text.memory(plan.get("memory"))),
         (
             "Peak memory",
             text.bytes_(plan.get("peak_rss_estimate")) + " (estimate)"
@@ -106,8 +107,9 @@ def plan_table(plan: Mapping) -> RenderableType:
 
     Args:
         plan: any of `model` (a name), `size_before`, `size_after`, `least`, `peak_rss_estimate` (in bytes),
-            `seconds_estimate`, `notes`, `units` (each `name`, `op`, `scheme`, `bytes_before`, `bytes_after`,
-            `kernel`, `reason`), `impossible` (each `name`, `reason`; else units with a reason and no scheme).
+            `seconds_estimate`, `memory` (of a memory ceiling, as in report.json), `notes`, `units`
+            (each `name`, `op`, `scheme`, `bytes_before`, `bytes_after`, `kernel`, `reason`), `impossible`
+            (each `name`, `reason`; else units with a reason and no scheme).
     """
     plan = clean(plan)
     units = plan.get("units") or []

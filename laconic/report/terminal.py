@@ -39,7 +39,10 @@ def _verdict(record: Mapping) -> Text:
 
 
 def summary_table(record: Mapping) -> RenderableType:
-    """A finished run: verdict, before and after, the sentence about time, what was covered, the paths."""
+    """A finished run: verdict, before and after, the sentence about time, what was covered, passes left out, the paths.
+
+    Other notes stay in the report; a pass that was asked for and not done makes another method of it, so it is said here.
+    """
     record = clean(record)
     parts: list[RenderableType] = [
         Text(str(get(record, "model", "name") or "model"), style="bold"),
@@ -51,6 +54,8 @@ def summary_table(record: Mapping) -> RenderableType:
     sentence = time_sentence(record)
     if sentence:
         parts.append(Text(sentence))
+    if within := text.memory(get(record, "budget", "memory")):
+        parts.append(Text(f"Weights and cache: {within}."))
     facts = []
     if record.get("coverage") is not None:
         facts.append(f"{text.amount(100 * record['coverage'], 4)} % of the elements are stored in fewer bits")
@@ -69,6 +74,7 @@ def summary_table(record: Mapping) -> RenderableType:
             of = f" of {record['units_total']}" if record.get("units_total") else ""
             line += f"; {reused}{of} units were taken over from an earlier run"
         parts.append(Text(line + ".", style="dim"))
+    parts += [Text(f"Note: {note}") for note in record.get("notes") or [] if "was left out: " in note]
     parts += [
         Text.assemble((f"{label:<7}", "dim"), (str(record[key]), "cyan"), overflow="fold")
         for label, key in (("Model", "out"), ("Report", "report"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "count",
     "drop",
     "interval",
+    "memory",
     "ms",
     "plain",
     "ratio",
@@ -149,3 +150,14 @@ def plain(x: Any) -> str:
     if isinstance(x, (list, tuple)):
         return ", ".join(plain(v) for v in x)
     return str(x)
+
+
+def memory(told: Mapping | None) -> str | None:
+    """Weights and cache of a `memory=` ceiling in one line, as report.json has them; None where there is none."""
+    if not told:
+        return None
+    whole = f"{bytes_(told['weights'] + told['cache'])} of {bytes_(told['bytes'])}"
+    if not told["cache"]:
+        return f"{whole}, weights alone"
+    cache = f"{bytes_(told['cache'])} cache in {told.get('cache_bits') or 'floats'}"
+    return f"{whole}: {bytes_(told['weights'])} weights + {cache} for {told['batch']} x {told['tokens']:,} tokens"

@@ -206,6 +206,7 @@ def test_one_stored_scale_of_inputs_stays_so(model, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
     assert said["exact"] and config["config_groups"]["group_0"]["input_activations"] == wanted
+    assert not any("stay float in this form" in note for note in said["notes"])
     ours, theirs = laconic.load(folder), laconic.load(tmp_path / "out")
     assert {p: s.inputs for p, s in packed_specs(theirs).items()} == {
         p: s.inputs for p, s in packed_specs(ours).items()

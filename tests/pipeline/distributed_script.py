@@ -23,7 +23,7 @@ from laconic.pipeline.run import Run
 def pretend(name: str, patch: MonkeyPatch) -> None:
     """Let a job meet what its name says."""
     if name == "streamed":
-        patch.setattr(Run, "_must_stream", lambda self, meta: True)
+        patch.setattr(Run, "must_stream", lambda self, meta: True)
     if name == "data":  # whatever is measured misses the drop: a larger plan is solved after the first
         real = Run._measure_select
         patch.setattr(Run, "_measure_select", lambda self, *given: real(self, *given) + 100.0)

@@ -112,7 +112,7 @@ def test_weights_that_are_not_finite(refused, copied, name, value):
 
 
 def test_weights_that_are_not_finite_are_found_while_streaming(refused, copied, monkeypatch):
-    monkeypatch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
+    monkeypatch.setattr(run_module.Run, "must_stream", lambda self, meta: True)
     edit_weights(copied, lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
     refused("model.layers.1.mlp.up_proj.weight", copied)
 

@@ -265,6 +265,11 @@ def test_memory_is_weights_and_cache_together(llama: Any, tmp_path: Path) -> Non
     assert memory["met"] and found.exit_code == 0
     assert memory["weights"] + memory["cache"] <= allowed and memory["cache"] < floats
     assert default_cache(laconic.load(tmp_path / "out")) is not None
+    planned = plan(folder, budget=f"memory={allowed}B", **told)
+    shown = {key: planned["memory"][key] for key in ("bytes", "cache", "tokens", "batch", "cache_bits", "met")}
+    assert shown == {key: memory[key] for key in shown} and planned["memory"]["weights"] == planned["size_after"]
+    measuring = plan(folder, data, f"memory={allowed + floats}B, drop=50", **told)["notes"]
+    assert any("compress measures what each cache loses" in note for note in measuring)
     with_drop = compress(folder, data, f"memory={allowed + floats}B, drop=50", out=tmp_path / "b", **told)
     assert with_drop.record["budget"]["memory"]["tried"]
     fixed = recipe(tmp_path / "r", "{pass: kv_cache, key_bits: null, value_bits: null}")

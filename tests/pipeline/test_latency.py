@@ -207,7 +207,7 @@ def test_latency_needs_what_it_is_measured_on(monkeypatch: pytest.MonkeyPatch, l
     heavy: Any = SimpleNamespace(units=[SimpleNamespace(nbytes=bound)])
     run = reading.Reading(reading.Options(max_ram=bound), parse_budget("latency=2x"), lambda *a: None)
     with pytest.raises(BadInput, match="a latency is held against the float model, which does not fit under --max-ram"):
-        run._must_stream(heavy)
+        run.must_stream(heavy)
 
 
 @needs_kernels

@@ -17,6 +17,7 @@ from torch import nn
 from laconic.errors import BadInput, LaconicError
 from laconic.pipeline.source import check_finite, resolve
 from laconic.pipeline.source_base import all_tensors, stored_names
+from laconic.pipeline.source_module import OtherGgufSource
 from tests.zoo import ZOO, outputs
 
 transformers = pytest.importorskip("transformers")
@@ -635,6 +636,7 @@ def test_gguf(tmp_path):
     )
     assert_same(source.load(), reference)
     assert source.kind == "transformers" and source.size_before == file.stat().st_size
+    assert source.name == resolve(file).name == OtherGgufSource(file).name == "tiny"
     assert "was dequantized to float32" in source.notes[0]
     assert outputs(source.load(), source.example())
     assert getattr(source.config, "quantization_config", None) is None

@@ -24,7 +24,7 @@ from laconic.pipeline.search import candidates, told
 from laconic.pipeline.source import resolve
 from laconic.pipeline.strategies import HQQ, STRATEGIES, strategy
 
-from .runs import hashes, run_cli, save, token_file, trained_classifier
+from .runs import ROOT, hashes, run_cli, save, token_file, trained_classifier
 
 NAMED = [name for name in STRATEGIES if name not in ("auto", "search")]
 
@@ -323,7 +323,34 @@ def test_ways_to_give_out_bits_say_what_they_need(llama, classifier, tmp_path):
     with pytest.raises(BadInput, match="needs a chain of blocks"):
         compress(model, examples, "size=4x", out=tmp_path / "o", strategy="layer_bits", example=torch.zeros(1, 24))
     with pytest.raises(BadInput, match="there is no data"):
-        compress(folder, None, "size=4x", out=tmp_path / "o", strategy="layer_bits")
+        compress(folder, None, "size=4x", out=tmp_path / "o", recipe=strategy("layer_bits").recipe)
+
+
+def test_a_plan_refuses_what_a_run_refuses(llama, classifier, capsys):
+    folder, data = llama
+    model, examples = classifier
+    with pytest.raises(BadInput, match="give data, and a drop"):
+        plan(folder, data, "size=5x", strategy="hessian_interlayer")
+    with pytest.raises(BadInput, match="needs a chain of blocks, which Classifier has not"):
+        plan(model, examples, "size=4x", strategy="layer_bits", example=torch.zeros(1, 24))
+    with pytest.raises(BadInput, match="there is no data"):
+        plan(folder, None, "size=4x", recipe=strategy("layer_bits").recipe)
+    with pytest.raises(BadInput, match="knows no milliseconds"):
+        plan(folder, data, "size=4x, latency=2x", strategy="uniform")
+    with pytest.raises(BadInput, match="--max-ram is"):
+        plan(folder, data, max_ram="1MB")
+    code, _, said = run_cli(capsys, "plan", folder, "--data", data, "--strategy", "hessian_interlayer")
+    assert code == 2 and "give data, and a drop" in said
+
+
+def test_a_plan_says_where_bits_are_found_by_measuring(llama):
+    folder, data = llama
+    for name, budget in (("layer_bits", "size=5x"), ("hessian_interlayer", "drop=1")):
+        (said,) = [n for n in plan(folder, data, budget, strategy=name)["notes"] if n.startswith("allocate:")]
+        assert "decides by what it measures on the data" in said
+    alike = plan(folder, data, "size=5x", strategy="uniform")
+    assert not any(n.startswith("allocate:") for n in alike["notes"])
+    assert len({unit["bits"] for unit in alike["units"] if unit["bits"]}) == 1
 
 
 def test_the_command_line_lists_every_strategy():
@@ -381,8 +408,30 @@ def test_values_that_are_not_finite_stop_a_rewrite_and_name_the_layer(tmp_path):
         compress(model, data, "size=1.5x", out=tmp_path / "out", recipe=recipe, example=torch.zeros(1, 24))
 
 
-def test_a_method_with_data_falls_back_to_rounding_without(llama, tmp_path):
+def test_a_recipe_with_a_pass_that_needs_data_does_without_and_says_so(llama, tmp_path, capsys):
     folder, _ = llama
-    found = compress(folder, None, "size=3x", out=tmp_path / "out", strategy="awq")
-    assert any("awq was left out: it needs data" in note for note in found.record["notes"])
-    assert {r["method"] for r in written(found) if r["action"] == "pack"} == {"rtn"}
+    (tmp_path / "awq.yaml").write_text(strategy("awq").recipe.to_yaml())
+    told = ("--recipe", tmp_path / "awq.yaml", "--budget", "size=3x", "--quiet")
+    code, printed, _ = run_cli(capsys, "compress", folder, *told, "--out", tmp_path / "out")
+    assert code == 0 and "Note: awq was left out: it needs data" in printed
+    records = json.loads((tmp_path / "out" / "laconic.json").read_text())["records"]
+    assert {r["method"] for r in records if r["action"] == "pack"} == {"rtn"}
+
+
+def test_a_strategy_that_needs_data_is_refused_without(llama, tmp_path, capsys):
+    folder, _ = llama
+    for name, known in STRATEGIES.items():
+        if known.data:
+            with pytest.raises(BadInput, match=f"the strategy {name} needs data: .* or take rtn, hqq or nf4, which need"):
+                plan(folder, strategy=name)
+    code, _, said = run_cli(capsys, "compress", folder, "--strategy", "awq", "--out", tmp_path / "out")
+    assert code == 2 and "the strategy awq needs data: pass --data" in said and not list(tmp_path.iterdir())
+
+
+def test_the_guide_says_which_strategies_need_data():
+    text = (ROOT / "docs" / "pages" / "guides" / "strategies.md").read_text()
+    said = {name: needs for name, needs in re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", text, re.MULTILINE)}
+    assert set(said) == set(STRATEGIES)
+    assert {name for name, needs in said.items() if needs.startswith("yes")} - {"search"} == {
+        name for name, known in STRATEGIES.items() if known.data
+    }

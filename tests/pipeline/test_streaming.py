@@ -121,7 +121,7 @@ def test_a_layer_whose_hessian_does_not_fit_is_rounded_and_said(large, tmp_path,
 
 
 def test_a_model_that_is_no_chain_is_rounded_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
+    monkeypatch.setattr(run_module.Run, "must_stream", lambda self, meta: True)
     data = token_file(tmp_path / "t.npz", rows=60)
     found = compress(save("mixtral", tmp_path / "float"), data, "size=3x", seq=8, out=tmp_path / "out")
     loaded = laconic.load(found.out)
@@ -136,7 +136,7 @@ def test_a_drop_cannot_be_held_against_a_model_that_does_not_fit(large, tmp_path
 
 
 def test_batch_norms_are_not_folded_while_streaming(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.Run, "_must_stream", lambda self, meta: True)
+    monkeypatch.setattr(run_module.Run, "must_stream", lambda self, meta: True)
     found = compress(save("resnet", tmp_path / "float"), budget="size=3x", out=tmp_path / "out")
     assert not any("folded" in note for note in found.record["notes"])
     assert torch.isfinite(laconic.load(found.out)(pixel_values=torch.randn(2, 3, 32, 32)).logits).all()

@@ -117,6 +117,12 @@ def test_before_and_after_say_what_was_measured(page):
     assert "27 answers changed among the 1,725 examples" in page.text
 
 
+def test_a_list_of_changed_answers_that_is_cut_says_so(page, record):
+    assert "The first" not in page.text
+    cut = dict(record, flips=1234)
+    assert f"Answers that changed The first {len(record['changed'])} of 1,234." in Page(render_report(cut)).text
+
+
 def test_the_ledger_adds_up_to_the_file(page, record):
     whole = sum(row["bytes"] for row in record["ledger"]) + record["ledger_header"] + record["ledger_padding"]
     assert whole == record["after"]["size"]

@@ -41,6 +41,20 @@ def test_summary(width):
     assert row(found, "Report").endswith("small/report.html")
 
 
+@WIDTHS
+def test_a_memory_ceiling_shows_weights_and_cache(width):
+    told = {"bytes": 1_000_000, "weights": 600_000, "cache": 300_000, "tokens": 4096, "batch": 2, "cache_bits": "4 bits"}
+    record = make_record(5)
+    record["budget"] = {"memory": told}
+    words = "900 kB of 1.00 MB: 600 kB weights + 300 kB cache in 4 bits for 2 x 4,096 tokens"
+    assert f"Weights and cache: {words}." in " ".join(lines(summary_table(record), width))
+    assert words in " ".join(" ".join(lines(plan_table({**make_plan(5), "memory": told}), width)).split())
+    assert "Weights and cache" not in " ".join(lines(summary_table(make_record(5)), width))
+    alone = "600 kB of 1.00 MB, weights alone"
+    record["budget"] = {"memory": {**told, "cache": 0, "tokens": 0}}
+    assert alone in " ".join(lines(summary_table(record), width))
+
+
 @pytest.mark.parametrize(
     ("packed", "words"),
     [
