@@ -71,6 +71,7 @@ class HQQ(RTN):
         BadInput: the scheme has another rule.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from laconic.core import passes
         >>> from laconic.core.structure import Structure
