@@ -159,6 +159,8 @@ class Run(Deciding):
         self.take(recipe)
         step = recipe.quantize
         method = step.method if step and self.batches("calibrate", 1) else "rtn"
+        if step is not None and method != step.method and self.task is not None:
+            self.note(f"{step.method} was left out: {self.task.id} gives no examples to calibrate with; weights go to nearest")
         self.name = told(recipe) if step is None or method == step.method else method
         if decision is None:
             decision = self._decide(method)

@@ -57,6 +57,7 @@ def test_one_number_has_no_interval_and_no_answers(tmp_path: Path) -> None:
     assert (record["verdict"]["met"], record["verdict"]["certified"]) == (True, False)
     for text in (record["verdict"]["sentence"], shown(summary_table(record)), (result.out / "report.html").read_text()):
         assert "drop " in text and "95 %:" not in text and "to nan" not in text and "answers changed" not in text
+    assert "Note: gptq was left out: score gives no examples to calibrate with" in shown(summary_table(record))
     both = compare((model, torch.zeros(2, 24)), (model, torch.zeros(2, 24)), score)
     assert both["drop_low"] is both["flips"] is None and both["drop"] == 0
     assert "answers differ" not in shown(comparison_table(both))
