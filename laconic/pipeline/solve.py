@@ -98,15 +98,29 @@ def solve(job: Solving) -> list[Record]:
     return sorted(state.records.values(), key=lambda r: order[r.path])
 
 
+def rounds_by_data(method: str, unit: Unit, scheme: Scheme | None) -> bool:
+    """Whether a method looks at data to round a unit to a scheme; what it has no way with goes to nearest."""
+    if not _has_grid(scheme):
+        return False
+    return learnable(unit) if method in LEARNED else method in BY_INPUTS and _reads_inputs(unit, scheme)
+
+
 def _looks_at_data(job: Solving, unit: Unit) -> bool:
     scheme = job.decision[unit.name]
-    # To nearest: all but integers, and scales that are coded, which follow from the whole matrix at once.
-    if scheme is None or not isinstance(scheme.element, Int) or not scheme.scale.plain:
-        return False
-    if job.method in LEARNED:
-        return learnable(unit)
-    fits = unit.op in ("linear", "conv") and len(unit.names) == 1 and scheme.bits <= GPTQ_BITS
-    return fits and (job.method in BY_INPUTS or _bias(job, unit) is not None)
+    if rounds_by_data(job.method, unit, scheme):
+        return True
+    takes_bias = job.method not in LEARNED and _has_grid(scheme) and _reads_inputs(unit, scheme)
+    return takes_bias and _bias(job, unit) is not None
+
+
+def _has_grid(scheme: Scheme | None) -> bool:
+    """Integers, under scales that are not coded, which would follow from the whole matrix at once."""
+    return scheme is not None and isinstance(scheme.element, Int) and scheme.scale.plain
+
+
+def _reads_inputs(unit: Unit, scheme: Scheme | None) -> bool:
+    few_bits = scheme is not None and scheme.bits <= GPTQ_BITS
+    return few_bits and unit.op in ("linear", "conv") and len(unit.names) == 1
 
 
 def _learn(job: Solving, state: _State, units: list[Unit], teacher: nn.Module) -> None:

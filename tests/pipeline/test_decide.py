@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,14 +12,18 @@ from laconic.core.structure import Structure
 from laconic.core.units import find_units
 from laconic.nn import matrix_view, restore_view
 from laconic.numerics import fake_quantize
+from laconic.pipeline.budget import parse_budget
 from laconic.pipeline.compress import compress
 from laconic.pipeline.decide import choose, fisher, option_costs
+from laconic.pipeline.deciding import Deciding
 from laconic.pipeline.plan import Ground, other_tensors
+from laconic.pipeline.reading import Options
+from laconic.pipeline.recipe import Recipe
 from laconic.pipeline.source import resolve
 from laconic.pipeline.tryout import RETREAT, by_shape, fit, smallest
 from laconic.tasks import load_task
 
-from .runs import trained_classifier
+from .runs import save, token_file, trained_classifier
 
 
 class Uneven(nn.Module):
@@ -139,6 +145,26 @@ def test_a_plan_from_shapes_alone_fits(uneven):
     _, ground, _ = uneven
     for ceiling in (ground.least(), ground.source.size_before // 2):
         assert ground.layout(by_shape(ground, ceiling)).total_bytes <= ceiling
+
+
+def test_what_a_method_will_solve_costs_a_quarter(tmp_path):
+    """Layers that gptq rounds by data, at 7 bits and fewer; not embeddings, not 8 bits, not without data, not by rtn."""
+    folder, data = save("llama", tmp_path / "float"), token_file(tmp_path / "tokens.npz")
+
+    def costs(method: str, given: Path | None) -> tuple[dict, Ground]:
+        recipe = Recipe().with_passes(method=method)
+        run = Deciding(Options(recipe), parse_budget("size=4x"), lambda stage, done, total: None)
+        run.prepare(folder, given, None, None)
+        return run._option_costs(), run.ground
+
+    (nearest, ground), (solved, _) = costs("rtn", data), costs("gptq", data)
+    shares = {
+        (unit.op, scheme.bits >= 8): b / a
+        for unit in ground.packable
+        for scheme, a, b in zip(unit.options, nearest[unit.name], solved[unit.name], strict=True)
+    }
+    assert shares == pytest.approx({("linear", False): 0.25, ("linear", True): 1, ("embedding", False): 1, ("embedding", True): 1})
+    assert costs("gptq", None)[0] == costs("rtn", None)[0]
 
 
 def test_a_higher_ceiling_never_gives_a_much_smaller_plan():
