@@ -326,13 +326,9 @@ class Deciding(Reading):
         step = self.recipe.quantize
         if step is None or step.method not in SOLVED or not self.batches("calibrate", 1):
             return costs
-        return {
-            u.name: [
-                cost * (SOLVED[step.method] if rounds_by_data(step.method, u, scheme) else 1.0)
-                for cost, scheme in zip(costs[u.name], u.options, strict=True)
-            ]
-            for u in self.ground.packable
-        }
+        # At all widths of a layer alike: what is given out among layers is not touched.
+        helped = {u.name for u in self.ground.packable if any(rounds_by_data(step.method, u, s) for s in u.options)}
+        return {name: [c * SOLVED[step.method] for c in found] if name in helped else found for name, found in costs.items()}
 
     def _fisher(self) -> dict[str, Tensor] | None:
         batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)
