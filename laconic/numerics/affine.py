@@ -95,12 +95,10 @@ def _group_scales(x: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor 
     low, high = _range(groups, scheme)
     if scheme.scale.rule == "mse":
         scale, zero = _search_mse(groups, low, high, scheme, name)
-    elif scheme.scale.rule == "hqq":
-        scale, zero = params_from_range(low, high, scheme, name)
-        assert zero is not None
-        zero = _half_quadratic(groups, scale, zero, scheme)
     else:
         scale, zero = params_from_range(low, high, scheme, name)
+        if scheme.scale.rule == "hqq" and zero is not None:
+            zero = _half_quadratic(groups, scale, zero, scheme)
     return scale, zero
 
 

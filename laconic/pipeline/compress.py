@@ -147,15 +147,16 @@ def plan(
         Impossible: the budget is out of reach; the message has the least figure.
     """
     check_counts(batch=batch, seq=seq)
-    has_data = data is not None or task is not None
+    data = data if data is not None else task
+    has_data = data is not None
     options = Options(
         _recipe(recipe, strategy, has_data)[0], max_ram=_ram(max_ram), exclude=exclude, keep=keep, batch=batch, seq=seq
     )  # fmt: skip
     options.trust_remote_code, options.allow_pickle = trust_remote_code, allow_pickle
     run = Reading(options, _bounds(budget, options.recipe), lambda stage, done, total: None)
     run.check_budget(has_data)
-    source = run.find_source(model, data if data is not None else task, example)
-    run.example_from_data(source, data if data is not None else task, columns)
+    source = run.find_source(model, data, example)
+    run.example_from_data(source, data, columns)
     ground = run.ground_on_meta(source)
     run.ceiling = check_possible(ground, run.budget)
     run.plan_cache(ground, has_data)

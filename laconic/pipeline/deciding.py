@@ -35,7 +35,7 @@ from .plan import Ground, check_possible
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
 from .recipe import LEARNED, Inputs, Recipe
 from .rewrite import Sight, rewrite
-from .solve import Solving, column_power, owner, rounds_by_data
+from .solve import Solving, as_solved, column_power, owner
 from .source_base import bytes_of
 from .source_weights import few
 from .stream import sample
@@ -46,9 +46,6 @@ from .tryout import Choice, fit, try_plans
 from .workspace import Workspace, digest
 
 SENSITIVITY_TOKENS = 4096
-# The share of what rounding to nearest loses that methods leave of it, about. Bits go from layers to embeddings by it, which
-# no method helps; of 1, 1/2, 1/4 and 1/10 a quarter lost least on chars, tiny-lm and MiniLM at 4, 3 and 2 bits.
-SOLVED: dict[str, float] = {"gptq": 0.25, "rsq": 0.25}
 QUICK = 10.0  # seconds: a select evaluation slower than this is not repeated for the sake of the plot
 
 
@@ -302,6 +299,11 @@ class Deciding(Reading):
             },
         )  # fmt: skip
 
+    def rounding(self) -> str:
+        """The method that weights are rounded by: the recipe's, or to nearest where there is nothing to calibrate with."""
+        step = self.recipe.quantize
+        return step.method if step is not None and self.batches("calibrate", 1) else "rtn"
+
     # --- what options cost --------------------------------------------------------------------------------------------
 
     def _option_costs(self) -> dict[str, list[float]]:
@@ -318,17 +320,8 @@ class Deciding(Reading):
                 read = lambda unit: ground.model.get_parameter(unit.name)  # noqa: E731
                 weights = self._fisher()
             costs = option_costs(read, weights, ground.units, lambda d, t: self.progress("options", d, t))
-            self._costs = self._as_solved(costs)
+            self._costs = as_solved(costs, ground.packable, self.rounding())
         return self._costs
-
-    def _as_solved(self, costs: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Costs of rounding to nearest, less where the method will do better; embeddings and the like it cannot help."""
-        step = self.recipe.quantize
-        if step is None or step.method not in SOLVED or not self.batches("calibrate", 1):
-            return costs
-        # At all widths of a layer alike: what is given out among layers is not touched.
-        helped = {u.name for u in self.ground.packable if any(rounds_by_data(step.method, u, s) for s in u.options)}
-        return {name: [c * SOLVED[step.method] for c in found] if name in helped else found for name, found in costs.items()}
 
     def _fisher(self) -> dict[str, Tensor] | None:
         batches = self.batches("calibrate", SENSITIVITY_TOKENS, batch=4)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+UNSTEADY = 1.5  # quartiles of the same run further apart than this: something else was running
+
 
 def peak_rss() -> int:
     """Peak resident memory of this process so far, bytes."""
@@ -35,9 +37,6 @@ def tight_heap() -> None:
         return
     for option in (threshold, trim):
         mallopt(option, 8 << 20)  # smaller ones are made and dropped by the thousand: keeping those is faster
-
-
-UNSTEADY = 1.5  # quartiles of the same run further apart than this: something else was running
 
 
 class Times(dict[str, float]):

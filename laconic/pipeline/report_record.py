@@ -174,7 +174,7 @@ def _sentence(
         text += f", drop {found.drop:.2f} {unit}"
         text += f" (95 %: {low:.2f} to {high:.2f})" if low is not None and high is not None else ""
     elif ceiling is None:
-        text += ", quality not measured" if found is None else ""
+        text += ", quality not measured"
     if not met:
         return text + ": the budget is missed"
     return text + (": met and certified" if certified else ": met, not certified" if certified is False else ": met")

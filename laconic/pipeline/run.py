@@ -157,8 +157,7 @@ class Run(Deciding):
         """Solve a recipe on a float model: with a decision that was made for it, or after making one."""
         self.notes, self.dropped = list(self.said), set()
         self.take(recipe)
-        step = recipe.quantize
-        method = step.method if step and self.batches("calibrate", 1) else "rtn"
+        step, method = recipe.quantize, self.rounding()
         if step is not None and method != step.method and self.task is not None:
             self.note(f"{step.method} was left out: {self.task.id} gives no examples to calibrate with; weights go to nearest")
         self.name = told(recipe) if step is None or method == step.method else method

@@ -23,9 +23,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         BadInput: if it is missing or not JSON, or the folder is one that laconic or another tool compressed.
     """
     if (folder / "laconic.json").exists():
-        raise BadInput(
-            f"{folder} is already compressed by laconic: give the original model, or use laconic.load"
-        )
+        raise _ours(folder)
     raw = read_json_config(folder)
     refuse_quantized(raw.get("quantization_config") or raw.get("compression_config"), folder)
     return raw
@@ -65,9 +63,13 @@ def refuse_quantized(quantization: Any, where: object) -> None:
     method = fields.get("quant_method") or fields.get("quant_type") or "an unnamed method"
     method = getattr(method, "value", method)
     if method == "laconic":
-        raise BadInput(f"{where} is already compressed by laconic: give the original model, or use laconic.load")
+        raise _ours(where)
     opens = "; laconic.load and laconic run open it as it is" if method in METHODS else ""
     raise BadInput(f"{where} is already quantized by another tool ({method}): give the original float model{opens}")
+
+
+def _ours(where: object) -> BadInput:
+    return BadInput(f"{where} is already compressed by laconic: give the original model, or use laconic.load")
 
 
 def transformers_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:

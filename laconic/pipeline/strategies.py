@@ -40,13 +40,18 @@ class Strategy:
         summary: what it does, in a line.
         recipe: its passes.
         search: whether other recipes are tried beside it: where the drop of the budget is "missed", "always" or "never".
-        data: whether without data it would be another method, so that it is refused.
     """
 
     summary: str
     recipe: Recipe
     search: Searching = "never"
-    data: bool = False
+
+    @property
+    def data(self) -> bool:
+        """Whether without data it would be another method, so that it is refused."""
+        step = self.recipe.quantize
+        by_data = bool(self.recipe.rewrites) or (step is not None and step.method != "rtn")
+        return self.search == "never" and by_data
 
 
 def _recipe(quantize: Quantize, *further: Step) -> Recipe:
@@ -70,36 +75,29 @@ STRATEGIES: dict[str, Strategy] = {
         "gptq, awq, rotate, rsq, norm_tweak, genie and adaquant, whichever loses least here", Recipe(), "always"
     ),
     "rtn": Strategy("to nearest; needs no data", _by("rtn")),
-    "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe(), data=True),
-    "awq": Strategy("columns that meet large inputs scaled up, ranges clipped", _by("awq", AWQ()), data=True),
+    "gptq": Strategy("column by column, later columns absorbing errors; biases corrected", Recipe()),
+    "awq": Strategy("columns that meet large inputs scaled up, ranges clipped", _by("awq", AWQ())),
     "smoothquant": Strategy(
         "outliers moved from activations into weights, both in integers",
         _recipe(Quantize(method="rtn", inputs="int8"), SmoothQuant()),
-        data=True,
     ),
-    "rotate": Strategy(
-        "activations turned by Hadamard matrices, then gptq", _by("gptq", Rotate(), BiasCorrection()), data=True
-    ),
-    "rsq": Strategy("turned, then gptq with tokens counted by the attention they get", _by("rsq", Rotate()), data=True),
-    "norm_tweak": Strategy("gptq, then each block's norms trained", _by("gptq", NormTweak()), data=True),
-    "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant"), data=True),
-    "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie"), data=True),
+    "rotate": Strategy("activations turned by Hadamard matrices, then gptq", _by("gptq", Rotate(), BiasCorrection())),
+    "rsq": Strategy("turned, then gptq with tokens counted by the attention they get", _by("rsq", Rotate())),
+    "norm_tweak": Strategy("gptq, then each block's norms trained", _by("gptq", NormTweak())),
+    "adaquant": Strategy("ranges, weights and biases of each layer trained on its outputs", _by("adaquant")),
+    "genie": Strategy("the way that each weight rounds trained, layer by layer (AdaRound)", _by("genie")),
     "hqq": Strategy(
         "to nearest, zero points at 4 bits and below solved for; needs no data", _recipe(Quantize(method="rtn", schemes=HQQ))
     ),
     "nf4": Strategy("4-bit NormalFloat, as qlora; needs no data", _recipe(Quantize(method="rtn", schemes=[NF4]))),
-    "uniform": Strategy(
-        "gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection()), data=True
-    ),
+    "uniform": Strategy("gptq with the same bits for all", _recipe(Quantize(allocate="uniform"), BiasCorrection())),
     "layer_bits": Strategy(
         "gptq with whole blocks of fewer bits, the least important first",
         _recipe(Quantize(allocate="blocks"), BiasCorrection()),
-        data=True,
     ),
     "hessian_interlayer": Strategy(
         "gptq with bits bisected along an order of sensitivity; needs a drop",
         _recipe(Quantize(allocate="bisect"), BiasCorrection()),
-        data=True,
     ),
 }
 
