@@ -28,6 +28,7 @@ from .measure import run_batch
 from .observe import positions
 from .plan import Ground
 from .reading import CALIBRATION_TOKENS, Options, Progress, Reading
+from .solve import as_solved
 from .tryout import Choice, fit
 
 __all__ = ["examine"]
@@ -131,7 +132,8 @@ def _draws(run: Reading, ground: Ground, task: Task) -> Seen:
         except (RuntimeError, NotImplementedError) as error:
             return Seen("draw", "skipped", f"the model has no gradient ({str(error).splitlines()[0]})")
         costs = option_costs(lambda unit: ground.model.get_parameter(unit.name), weights, ground.units)
-        plans.append(fit(ground, costs, ceiling))
+        method = run.recipe.quantize.method if run.recipe.quantize is not None else "rtn"
+        plans.append(fit(ground, as_solved(costs, ground.packable, method), ceiling))
     total = sum(u.numel for u in ground.packable)
     same = sum(u.numel for u in ground.packable if len({_bits(u, plan) for plan in plans}) == 1)
     share = same / max(1, total)
