@@ -56,7 +56,7 @@ def chart(
 
     Args:
         series: points whose values are not finite are left out. Where colours come again, lines are broken and points
-            hollow.
+            hollow, from the third time on in broken outlines beside the names.
         title, across, up: what stands above, below and beside.
         joined: draw lines.
         log: x on a logarithmic axis; points at 0 or below are left out.
@@ -101,7 +101,8 @@ def chart(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" {painted}><title>{escape(name)}: {a:.4g}, {b:.4g}</title></circle>'
             for (x, y), (a, b) in zip(drawn, points, strict=True)
         ]
-        parts.append(f'<rect x="{right + 14}" y="{TOP + 18 * i}" width="10" height="10" {painted}/>')
+        outline = dashes if again > 1 else ""  # else the third of a colour would look like the second
+        parts.append(f'<rect x="{right + 14}" y="{TOP + 18 * i}" width="10" height="10" {painted}{outline}/>')
         parts.append(f'<text x="{right + 29}" y="{TOP + 9 + 18 * i}">{escape(name)}</text>')
     return _page(WIDTH, height, title, parts)
 
